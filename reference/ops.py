@@ -1,0 +1,111 @@
+"""The operations of npp_kernels in plain PyTorch: the specification, and the oracle of every test and benchmark.
+
+Each function says in a few lines what its fused twin must compute, in the dtype of its inputs: call it with float64 for
+an oracle. Nothing here is fast, and gradients come from autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor
+
+
+class PatchLossStats(NamedTuple):
+    """Per-row statistics of the loss."""
+
+    lse: Tensor
+    accuracy: Tensor
+    entropy: Tensor
+
+
+def group_tokens(tokens: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Group a grid of ids into patches: ``[..., H, W] -> [..., P, K]``."""
+    return rearrange(tokens, "... (h kh) (w kw) -> ... (h w) (kh kw)", kh=patch[0], kw=patch[1])
+
+
+def group_mean(table: Tensor, groups: Tensor, *, ignore_index: int | None = None) -> Tensor:
+    """Average the embeddings of each group: ``table [V, D], groups [..., K] -> [..., D]``."""
+    counted = torch.ones_like(groups, dtype=torch.bool) if ignore_index is None else groups != ignore_index
+    rows = F.embedding(groups.masked_fill(~counted, 0), table) * counted.unsqueeze(-1)
+    return rows.sum(-2) / counted.sum(-1, keepdim=True).clamp(min=1)
+
+
+def patch_mean(embeddings: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Average embeddings over patches: ``[..., H, W, D] -> [..., P, D]``."""
+    return reduce(embeddings, "... (h kh) (w kw) d -> ... (h w) d", "mean", kh=patch[0], kw=patch[1])
+
+
+def coefficients(
+    counted: Tensor,  # [N, K] bool
+    slot_weights: Tensor,  # [K]
+    normalize: str,
+    reduction: str,
+    num_targets: float | Tensor | None,
+) -> Tensor:
+    """Return the coefficient of every target's loss, ``c [N, K]``; a normaliser of zero gives zero."""
+    weights = slot_weights * counted
+    if reduction == "sum":
+        return weights
+    if normalize == "target":
+        return weights / (weights.sum().clamp(min=1e-30) if num_targets is None else num_targets)
+    if normalize == "row":
+        row_weight = weights.sum(-1, keepdim=True)
+        return weights / row_weight.clamp(min=1e-30) / counted.any(-1).sum().clamp(min=1)
+    slot_count = counted.sum(0)
+    return weights / slot_count.clamp(min=1) / slot_weights[slot_count > 0].sum().clamp(min=1e-30)
+
+
+def patch_cross_entropy(
+    logits: Tensor,
+    groups: Tensor,
+    *,
+    ignore_index: int = -100,
+    slot_weights: Sequence[float] | Tensor | None = None,
+    normalize: str = "target",
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    num_targets: float | Tensor | None = None,
+) -> tuple[Tensor, PatchLossStats]:
+    """Score each row of logits ``[..., V]`` against its targets ``[..., K]``; return the loss and the statistics."""
+    raw = logits.reshape(-1, logits.shape[-1])
+    targets = groups.reshape(-1, groups.shape[-1])
+    counted = targets != ignore_index
+    safe = targets.masked_fill(~counted, 0)
+
+    z = raw if softcap is None else softcap * torch.tanh(raw / softcap)
+    lse = torch.logsumexp(z, -1)
+    nll = lse.unsqueeze(-1) - z.gather(-1, safe)
+    if label_smoothing:
+        nll = (1 - label_smoothing) * nll + label_smoothing * (lse - z.mean(-1)).unsqueeze(-1)
+    losses = nll.masked_fill(~counted, 0)
+
+    p = torch.softmax(z, -1)
+    hit = ((raw.argmax(-1, keepdim=True) == targets) & counted).any(-1)
+    entropy = -torch.xlogy(p, p).sum(-1)
+    rows = groups.shape[:-1]
+    stats = PatchLossStats(lse.detach().view(rows), hit.to(lse.dtype).view(rows), entropy.detach().view(rows))
+
+    if reduction == "none":
+        return losses.view(groups.shape), stats
+    weights = torch.ones(targets.shape[-1], dtype=z.dtype, device=z.device)
+    if slot_weights is not None:
+        weights = torch.as_tensor(slot_weights, dtype=z.dtype, device=z.device)
+    loss = (coefficients(counted, weights, normalize, reduction, num_targets) * losses).sum()
+    if z_loss:
+        penalties = lse.square() * counted.any(-1)
+        loss = loss + z_loss * penalties.sum() / (counted.any(-1).sum().clamp(min=1) if reduction == "mean" else 1)
+    return loss, stats
+
+
+def linear_patch_cross_entropy(
+    hidden: Tensor, weight: Tensor, groups: Tensor, *, bias: Tensor | None = None, **options: Any
+) -> tuple[Tensor, PatchLossStats]:
+    """Apply the output layer, ``hidden [..., D]`` times ``weight [V, D]``, and score the logits."""
+    return patch_cross_entropy(F.linear(hidden, weight, bias), groups, **options)

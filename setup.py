@@ -1,0 +1,27 @@
+"""Package metadata. The tools' configuration is in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+test_requires = ["pytest>=8", "pytest-xdist>=3"]
+
+setup(
+    name="npp_kernels",
+    version="0.1.0",
+    description="Fused Triton kernels for next-patch-prediction training of autoregressive models",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["npp_kernels", "npp_kernels.*"]),
+    package_data={"npp_kernels": ["py.typed"]},
+    install_requires=["torch>=2.8", "triton>=3.4; platform_system == 'Linux'", "einops>=0.8", "numpy"],
+    extras_require={
+        "test": [*test_requires, "scikit-learn>=1.4"],
+        "bench": [*test_requires, "pytest-benchmark>=5", "matplotlib>=3.8", "tqdm>=4.66"],
+        "check": ["ruff>=0.8", "mypy>=1.13"],
+        "flash": ["flash-attn>=2.7"],
+    },
+)
