@@ -1,0 +1,418 @@
+"""Gather-mean of token embeddings, and its reproducible backward.
+
+    out[p] = 1/n_p · Σ_j table[g[p, j]]                    n_p: the ids of group p that are not ignored
+    grad_table[v] = Σ_{p, j: g[p, j] = v} grad[p] / n_p
+
+Bytes forward: the table rows in use once, the output once, the ids once; each row is read K·P/V times, from the L2
+while the table fits there. Bytes backward: the gradient once (K times from the L2), the table's gradient once.
+
+The backward is a gather too: `find_segments` lists the positions of every id in a stable order, and each row of the
+table's gradient sums its own segment, in fp32 and always in that order, so that the result is the same bit for bit at
+every run. A frequent id would make one program sum for long, so segments are cut: `_chunk_sums_kernel` first sums each
+aligned chunk of the order that lies inside one segment, and `_table_gradient_kernel` adds whole chunks up.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from npp_kernels._checks import (
+    FLOATING_DTYPES,
+    check_floating,
+    check_groups,
+    check_id_range,
+    check_same_device,
+)
+from npp_kernels._dispatch import launch_device, runs_kernels
+from npp_kernels._segments import find_segments
+
+BLOCK_ELEMENTS = 2048
+MAX_BLOCK_HIDDEN = 256
+UNROLLED_SLOTS = 8
+CHUNK_SIZE = 128
+CHUNK_ROWS = 16
+SEGMENT_ROWS = 4
+
+
+@triton.jit
+def _load_rows(
+    table_ptr, groups_ptr, group, slot, columns, group_mask, column_mask, vocab_size, ignore_index, row_stride,
+    GROUP_SIZE: tl.constexpr, HAS_IGNORED: tl.constexpr,
+):  # fmt: skip
+    """Load the embeddings of one slot of each group, zero where it is ignored and NaN where its id is out of range."""
+    ids = tl.load(groups_ptr + group * GROUP_SIZE + slot, mask=group_mask, other=0).to(tl.int64)
+    in_range = (ids >= 0) & (ids < vocab_size)
+    if HAS_IGNORED:
+        ignored = ids == ignore_index
+        in_range = in_range & (ids != ignore_index)
+        absent = tl.where(ignored, 0.0, float("nan"))
+        counted = tl.where(ignored, 0.0, 1.0)
+    else:
+        absent = tl.full(ids.shape, float("nan"), tl.float32)
+        counted = tl.full(ids.shape, 1.0, tl.float32)
+    absent = absent.to(table_ptr.dtype.element_ty)
+    rows = tl.load(
+        table_ptr + ids[:, None] * row_stride + columns[None, :],
+        mask=(in_range & group_mask)[:, None] & column_mask[None, :],
+        other=absent[:, None],
+    )
+    return rows.to(tl.float32), counted
+
+
+@triton.jit
+def _group_mean_kernel(
+    table_ptr,  # [vocab_size, hidden_size]
+    groups_ptr,  # [num_groups, GROUP_SIZE]
+    out_ptr,  # [num_groups, hidden_size] out
+    counts_ptr,  # [num_groups] out: ids that count, if HAS_IGNORED
+    num_groups,
+    vocab_size,
+    hidden_size,
+    row_stride,
+    ignore_index,
+    GROUP_SIZE: tl.constexpr,
+    HAS_IGNORED: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """One program averages BLOCK_HIDDEN columns of BLOCK_GROUPS groups, accumulating in fp32."""
+    group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
+    columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    group_mask = group < num_groups
+    column_mask = columns < hidden_size
+
+    # The sum starts at the first row, not at zero: 0 + (-0.0) is 0.0, and K = 1 must return the row bit for bit.
+    total, count = _load_rows(
+        table_ptr, groups_ptr, group, 0, columns, group_mask, column_mask, vocab_size, ignore_index, row_stride,
+        GROUP_SIZE, HAS_IGNORED,
+    )  # fmt: skip
+    for slot in tl.range(1, GROUP_SIZE, loop_unroll_factor=UNROLL):
+        rows, counted = _load_rows(
+            table_ptr, groups_ptr, group, slot, columns, group_mask, column_mask, vocab_size, ignore_index, row_stride,
+            GROUP_SIZE, HAS_IGNORED,
+        )  # fmt: skip
+        total += rows
+        count += counted
+
+    if HAS_IGNORED:
+        mean = tl.div_rn(total, tl.maximum(count, 1.0)[:, None])
+        if tl.program_id(1) == 0:
+            tl.store(counts_ptr + group, count, mask=group_mask)
+    elif (GROUP_SIZE & (GROUP_SIZE - 1)) == 0:
+        mean = total * (1.0 / GROUP_SIZE)
+    else:
+        mean = tl.div_rn(total, tl.full(total.shape, GROUP_SIZE, tl.float32))
+    tl.store(
+        out_ptr + group[:, None] * hidden_size + columns[None, :],
+        mean.to(out_ptr.dtype.element_ty),
+        mask=group_mask[:, None] & column_mask[None, :],
+    )
+
+
+@triton.jit
+def _sum_positions(
+    grad_ptr, order_ptr, counts_ptr, first, last, columns, column_mask, hidden_size,
+    GROUP_SIZE: tl.constexpr, HAS_IGNORED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sum the gradients of the groups at ``order[first:last]``, ROWS at a time."""
+    total = tl.zeros([ROWS, columns.shape[0]], tl.float32)
+    for base in range(first, last, ROWS):
+        places = base + tl.arange(0, ROWS)
+        place_mask = places < last
+        group = tl.load(order_ptr + places, mask=place_mask, other=0).to(tl.int64) // GROUP_SIZE
+        rows = tl.load(
+            grad_ptr + group[:, None] * hidden_size + columns[None, :],
+            mask=place_mask[:, None] & column_mask[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if HAS_IGNORED:
+            rows = tl.div_rn(rows, tl.load(counts_ptr + group, mask=place_mask, other=1.0)[:, None])
+        total += rows
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _chunk_sums_kernel(
+    grad_ptr,  # [num_groups, hidden_size]
+    keys_ptr,  # [num_ids]
+    order_ptr,  # [num_ids]
+    counts_ptr,  # [num_groups]
+    sums_ptr,  # [num_ids // CHUNK, hidden_size] out, fp32: written where a chunk lies inside one segment
+    vocab_size,
+    hidden_size,
+    GROUP_SIZE: tl.constexpr,
+    HAS_IGNORED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    """One program sums BLOCK_HIDDEN columns of one chunk of the order, if all of it is one id."""
+    chunk = tl.program_id(0)
+    first = chunk * CHUNK
+    first_key = tl.load(keys_ptr + first)
+    last_key = tl.load(keys_ptr + first + CHUNK - 1)
+    if (first_key == last_key) & (first_key < vocab_size):
+        columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+        column_mask = columns < hidden_size
+        total = _sum_positions(
+            grad_ptr, order_ptr, counts_ptr, first, first + CHUNK, columns, column_mask, hidden_size,
+            GROUP_SIZE, HAS_IGNORED, ROWS,
+        )  # fmt: skip
+        tl.store(sums_ptr + chunk.to(tl.int64) * hidden_size + columns, total, mask=column_mask)
+
+
+@triton.jit
+def _table_gradient_kernel(
+    grad_ptr,  # [num_groups, hidden_size]
+    order_ptr,  # [num_ids]
+    starts_ptr,  # [vocab_size + 1]
+    counts_ptr,  # [num_groups]
+    sums_ptr,  # [num_ids // CHUNK, hidden_size]
+    grad_table_ptr,  # [vocab_size, hidden_size] out
+    hidden_size,
+    GROUP_SIZE: tl.constexpr,
+    HAS_IGNORED: tl.constexpr,
+    HAS_CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNK_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    """One program writes BLOCK_HIDDEN columns of one row of the table's gradient, accumulating in fp32."""
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    column_mask = columns < hidden_size
+    first = tl.load(starts_ptr + row)
+    last = tl.load(starts_ptr + row + 1)
+
+    head_end = last
+    if HAS_CHUNKS:
+        first_chunk = tl.cdiv(first, CHUNK)
+        last_chunk = last // CHUNK
+        if first_chunk < last_chunk:
+            head_end = first_chunk * CHUNK
+    total = _sum_positions(
+        grad_ptr, order_ptr, counts_ptr, first, head_end, columns, column_mask, hidden_size,
+        GROUP_SIZE, HAS_IGNORED, ROWS,
+    )  # fmt: skip
+    if HAS_CHUNKS:
+        if first_chunk < last_chunk:
+            partial = tl.zeros([CHUNK_ROWS, BLOCK_HIDDEN], tl.float32)
+            for base in range(first_chunk, last_chunk, CHUNK_ROWS):
+                chunks = (base + tl.arange(0, CHUNK_ROWS)).to(tl.int64)
+                partial += tl.load(
+                    sums_ptr + chunks[:, None] * hidden_size + columns[None, :],
+                    mask=(chunks < last_chunk)[:, None] & column_mask[None, :],
+                    other=0.0,
+                )
+            total += tl.sum(partial, axis=0)
+            total += _sum_positions(
+                grad_ptr, order_ptr, counts_ptr, last_chunk * CHUNK, last, columns, column_mask, hidden_size,
+                GROUP_SIZE, HAS_IGNORED, ROWS,
+            )  # fmt: skip
+    if not HAS_IGNORED:
+        total = total * (1.0 / GROUP_SIZE)
+    tl.store(
+        grad_table_ptr + row.to(tl.int64) * hidden_size + columns,
+        total.to(grad_table_ptr.dtype.element_ty),
+        mask=column_mask,
+    )
+
+
+def _launch_forward(
+    table: Tensor, groups: Tensor, ignore_index: int | None, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Return the means ``[P, D]`` of ``groups [P, K]`` and, where ids may be ignored, the counts ``[P]``."""
+    num_groups, group_size = groups.shape
+    vocab_size, hidden_size = table.shape
+    out = torch.empty((num_groups, hidden_size), dtype=out_dtype, device=table.device)
+    counts = None
+    if ignore_index is not None:
+        counts = torch.empty(num_groups, dtype=torch.float32, device=table.device)
+    if out.numel() == 0:
+        return out, counts
+    block_hidden = min(triton.next_power_of_2(hidden_size), MAX_BLOCK_HIDDEN)
+    block_groups = max(BLOCK_ELEMENTS // (block_hidden * min(triton.next_power_of_2(group_size), UNROLLED_SLOTS)), 1)
+    with launch_device(table):
+        _group_mean_kernel[(triton.cdiv(num_groups, block_groups), triton.cdiv(hidden_size, block_hidden))](
+            table,
+            groups,
+            out,
+            counts,
+            num_groups,
+            vocab_size,
+            hidden_size,
+            table.stride(0),
+            -1 if ignore_index is None else ignore_index,
+            GROUP_SIZE=group_size,
+            HAS_IGNORED=ignore_index is not None,
+            BLOCK_GROUPS=block_groups,
+            BLOCK_HIDDEN=block_hidden,
+            UNROLL=UNROLLED_SLOTS,
+        )
+    return out, counts
+
+
+def _launch_backward(
+    grad: Tensor, groups: Tensor, counts: Tensor | None, ignore_index: int | None, vocab_size: int, dtype: torch.dtype
+) -> Tensor:
+    """Return the table's gradient ``[V, D]`` from the means' gradient ``[P, D]``."""
+    group_size, hidden_size = groups.shape[1], grad.shape[1]
+    grad_table = torch.empty((vocab_size, hidden_size), dtype=dtype, device=grad.device)
+    if groups.numel() == 0 or grad_table.numel() == 0:
+        return grad_table.zero_()
+    block_hidden = min(triton.next_power_of_2(hidden_size), MAX_BLOCK_HIDDEN)
+    hidden_blocks = triton.cdiv(hidden_size, block_hidden)
+    has_chunks = groups.numel() >= 4 * CHUNK_SIZE
+    num_chunks = groups.numel() // CHUNK_SIZE if has_chunks else 0
+    options = {
+        "GROUP_SIZE": group_size,
+        "HAS_IGNORED": counts is not None,
+        "CHUNK": CHUNK_SIZE,
+        "BLOCK_HIDDEN": block_hidden,
+    }
+    with launch_device(grad):
+        segments = find_segments(groups, vocab_size, ignore_index)
+        sums = torch.empty((num_chunks, hidden_size), dtype=torch.float32, device=grad.device) if has_chunks else None
+        if has_chunks:
+            _chunk_sums_kernel[(num_chunks, hidden_blocks)](
+                grad,
+                segments.keys,
+                segments.order,
+                counts,
+                sums,
+                vocab_size,
+                hidden_size,
+                ROWS=CHUNK_ROWS,
+                **options,
+            )
+        _table_gradient_kernel[(vocab_size, hidden_blocks)](
+            grad,
+            segments.order,
+            segments.starts,
+            counts,
+            sums,
+            grad_table,
+            hidden_size,
+            HAS_CHUNKS=has_chunks,
+            CHUNK_ROWS=CHUNK_ROWS,
+            ROWS=SEGMENT_ROWS,
+            **options,
+        )
+    return grad_table
+
+
+def _torch_forward(
+    table: Tensor, groups: Tensor, ignore_index: int | None, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """`_launch_forward` in PyTorch: one slot at a time, so that ``[P, K, D]`` never exists."""
+    wide = torch.promote_types(table.dtype, torch.float32)
+    if groups.shape[1] == 1 and ignore_index is None:
+        return F.embedding(groups[:, 0], table).to(out_dtype), None
+    total = torch.zeros((groups.shape[0], table.shape[1]), dtype=wide, device=table.device)
+    for ids in groups.unbind(1):
+        if ignore_index is None:
+            total += table[ids]
+        else:
+            ignored = ids == ignore_index
+            total += table[ids.masked_fill(ignored, 0)].masked_fill_(ignored.unsqueeze(1), 0)
+    if ignore_index is None:
+        return (total / groups.shape[1]).to(out_dtype), None
+    counts = (groups != ignore_index).sum(1).to(wide)
+    return (total / counts.clamp(min=1).unsqueeze(1)).to(out_dtype), counts
+
+
+def _torch_backward(
+    grad: Tensor, groups: Tensor, counts: Tensor | None, ignore_index: int | None, vocab_size: int, dtype: torch.dtype
+) -> Tensor:
+    """`_launch_backward` in PyTorch; `index_put_` accumulates in a fixed order on every device."""
+    wide = torch.promote_types(dtype, torch.float32)
+    scaled = grad.to(wide) / (groups.shape[1] if counts is None else counts.clamp(min=1).unsqueeze(1))
+    grad_table = torch.zeros((vocab_size, grad.shape[1]), dtype=wide, device=grad.device)
+    for ids in groups.unbind(1):
+        if ignore_index is None:
+            grad_table.index_put_((ids,), scaled, accumulate=True)
+        else:
+            ignored = ids == ignore_index
+            rows = scaled.masked_fill(ignored.unsqueeze(1), 0)
+            grad_table.index_put_((ids.masked_fill(ignored, 0),), rows, accumulate=True)
+    return grad_table.to(dtype)
+
+
+class _GroupMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, table, groups, ignore_index, out_dtype):
+        forward = _launch_forward if runs_kernels(table) else _torch_forward
+        out, counts = forward(table, groups, ignore_index, out_dtype)
+        ctx.save_for_backward(groups, counts)
+        ctx.ignore_index = ignore_index
+        ctx.vocab_size = table.shape[0]
+        ctx.table_dtype = table.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        groups, counts = ctx.saved_tensors
+        backward = _launch_backward if runs_kernels(grad) else _torch_backward
+        grad_table = backward(grad.contiguous(), groups, counts, ctx.ignore_index, ctx.vocab_size, ctx.table_dtype)
+        return grad_table, None, None, None
+
+
+def group_mean(
+    table: Tensor, groups: Tensor, *, ignore_index: int | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Average the embeddings of each group of ids: ``table [V, D], groups [..., K] -> [..., D]``.
+
+    >>> import torch, npp_kernels
+    >>> table = torch.tensor([[0.0, 0.0], [2.0, 4.0], [4.0, 8.0]], requires_grad=True)
+    >>> means = npp_kernels.group_mean(table, torch.tensor([[1, 2], [1, 1]]))
+    >>> means.tolist()
+    [[3.0, 6.0], [2.0, 4.0]]
+    >>> means.sum().backward()
+    >>> table.grad.tolist()
+    [[0.0, 0.0], [1.5, 1.5], [0.5, 0.5]]
+
+    ``out_p = 1/n_p · Σ_j table[g_pj]`` over the ids that are not ignored; a group with none left is zero.
+
+    Args:
+        table: ``[V, D]``, float32, bfloat16, float16 or float64.
+        groups: ``[..., K]``, int32 or int64, ids in ``[0, V)`` or ``ignore_index``; usually from `group_tokens`.
+        ignore_index: an id that is left out of the sum and of the divisor; None where every id counts.
+        out_dtype: the dtype of the result; the table's where None.
+
+    Returns:
+        ``[..., D]`` of ``out_dtype``.
+
+    Raises:
+        TypeError: a tensor of another dtype or a `DTensor`.
+        ValueError: shapes or devices that do not match, or, with `check_ids` on, a bad id on a GPU.
+        IndexError: an id out of range, on the CPU. On a GPU the group's mean is NaN and its ids get no gradient.
+
+    Numerics:
+        Sums in fp32 (fp64 for float64), rounded once. ``K = 1`` is `F.embedding`, bit for bit. The gradient of the
+        table accumulates in fp32, rounds once to the table's dtype, and is bitwise reproducible from run to run.
+
+    Memory:
+        Forward: the result alone. Backward: the table's gradient, about 20 bytes for every id, and ``D/32`` bytes for
+        every id, for the sums of frequent ids.
+
+    Source:
+        NPP (arXiv 2412.15321), section 3.2; ``tensor_patchify`` after the embedding in the official code.
+    """
+    check_floating("table", table, ndim=2)
+    check_groups(groups)
+    check_same_device("groups", groups, "table", table)
+    if out_dtype is not None and out_dtype not in FLOATING_DTYPES:
+        raise TypeError(f"out_dtype: expected float32, bfloat16, float16, float64 or None, got {out_dtype!r}")
+    check_id_range(groups, table.shape[0], ignore_index)
+    flat = groups.reshape(-1, groups.shape[-1]).contiguous()
+    rows = table if table.stride(-1) == 1 else table.contiguous()
+    out = _GroupMean.apply(rows, flat, ignore_index, table.dtype if out_dtype is None else out_dtype)
+    return out.view(*groups.shape[:-1], table.shape[1])

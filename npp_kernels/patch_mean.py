@@ -1,0 +1,188 @@
+"""Mean over patches of embeddings that exist already, and its backward.
+
+    out[p] = 1/K · Σ_j embeddings[token(p, j)]
+    grad_embeddings[token(p, j)] = grad[p] / K
+
+Bytes: the embeddings once and the means once, both ways. A patch is a strided box of the grid, so each program walks
+over it in place; nothing is unfolded. Grids of lower rank are 3-D grids with axes of size 1 in front.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from npp_kernels._checks import check_floating
+from npp_kernels._dispatch import launch_device, runs_kernels
+from npp_kernels.grouping import MAX_GRID_RANK, Patch, resolve_grid, resolve_patch
+
+BLOCK_ELEMENTS = 2048
+MAX_BLOCK_HIDDEN = 512
+UNROLLED_TOKENS = 8
+
+
+@triton.jit
+def _first_token(patch, height, width, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr):
+    """Return the flat index of the first token of each patch; patches are counted through the whole batch."""
+    patch_columns = width // KW
+    patch_rows = height // KH
+    column = patch % patch_columns
+    row = (patch // patch_columns) % patch_rows
+    # Frames of consecutive images follow each other, so images need no axis of their own.
+    frame = patch // (patch_columns * patch_rows)
+    return (frame * KT * height + row * KH) * width + column * KW
+
+
+@triton.jit
+def _patch_mean_kernel(
+    embeddings_ptr,  # [num_tokens, hidden_size]
+    means_ptr,  # [num_patches, hidden_size]
+    num_patches,
+    hidden_size,
+    height,
+    width,
+    KT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BLOCK_PATCHES: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """One program averages BLOCK_HIDDEN columns of BLOCK_PATCHES patches; backward, it spreads their gradient."""
+    patch = tl.program_id(0).to(tl.int64) * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
+    columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    mask = (patch < num_patches)[:, None] & (columns < hidden_size)[None, :]
+    means = means_ptr + patch[:, None] * hidden_size + columns[None, :]
+    first = _first_token(patch, height, width, KT, KH, KW)
+    GROUP_SIZE: tl.constexpr = KT * KH * KW
+
+    if BACKWARD:
+        spread = tl.load(means, mask=mask, other=0.0).to(tl.float32) / GROUP_SIZE
+    else:
+        total = tl.zeros([BLOCK_PATCHES, BLOCK_HIDDEN], tl.float32)
+    for slot in tl.range(0, GROUP_SIZE, loop_unroll_factor=UNROLL):
+        token = first + ((slot // (KH * KW)) * height + (slot // KW) % KH) * width + slot % KW
+        embeddings = embeddings_ptr + token[:, None] * hidden_size + columns[None, :]
+        if BACKWARD:
+            tl.store(embeddings, spread.to(embeddings_ptr.dtype.element_ty), mask=mask)
+        else:
+            total += tl.load(embeddings, mask=mask, other=0.0).to(tl.float32)
+    if not BACKWARD:
+        tl.store(means, (total / GROUP_SIZE).to(means_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(embeddings: Tensor, means: Tensor, grid: Sequence[int], patch: Sequence[int], backward: bool) -> None:
+    """Fill ``means [P, D]`` from ``embeddings [N, D]``, or backward the other way round."""
+    num_patches, hidden_size = means.shape
+    if means.numel() == 0:
+        return
+    kt, kh, kw = (1,) * (MAX_GRID_RANK - len(patch)) + tuple(patch)
+    height, width = ((1,) * (MAX_GRID_RANK - len(grid)) + tuple(grid))[1:]
+    block_hidden = min(triton.next_power_of_2(hidden_size), MAX_BLOCK_HIDDEN)
+    block_patches = BLOCK_ELEMENTS // block_hidden
+    with launch_device(means):
+        _patch_mean_kernel[(triton.cdiv(num_patches, block_patches), triton.cdiv(hidden_size, block_hidden))](
+            embeddings,
+            means,
+            num_patches,
+            hidden_size,
+            height,
+            width,
+            KT=kt,
+            KH=kh,
+            KW=kw,
+            BACKWARD=backward,
+            BLOCK_PATCHES=block_patches,
+            BLOCK_HIDDEN=block_hidden,
+            UNROLL=UNROLLED_TOKENS,
+        )
+
+
+def _boxes(tokens: Tensor, grid: Sequence[int], patch: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """View ``tokens [N, D]`` as a grid of boxes ``[N / prod(grid), g1/k1, k1, g2/k2, k2, .., D]``; name the k axes."""
+    split = [size for axis, step in zip(grid, patch, strict=True) for size in (axis // step, step)]
+    return tokens.view(tokens.shape[0] // max(math.prod(grid), 1), *split, tokens.shape[1]), list(
+        range(2, 2 * len(grid) + 1, 2)
+    )
+
+
+class _PatchMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, embeddings, grid, patch):
+        ctx.grid, ctx.patch = grid, patch
+        num_patches = embeddings.shape[0] // math.prod(patch)
+        if runs_kernels(embeddings):
+            means = embeddings.new_empty((num_patches, embeddings.shape[1]))
+            _launch(embeddings, means, grid, patch, backward=False)
+            return means
+        boxes, axes = _boxes(embeddings, grid, patch)
+        wide = torch.promote_types(embeddings.dtype, torch.float32)
+        return boxes.mean(axes, dtype=wide).to(embeddings.dtype).view(num_patches, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        num_tokens = grad.shape[0] * math.prod(ctx.patch)
+        grad_embeddings = grad.new_empty((num_tokens, grad.shape[1]))
+        if runs_kernels(grad):
+            _launch(grad_embeddings, grad.contiguous(), ctx.grid, ctx.patch, backward=True)
+        else:
+            boxes, axes = _boxes(grad_embeddings, ctx.grid, ctx.patch)
+            shape = [1 if axis in axes else size for axis, size in enumerate(boxes.shape)]
+            boxes.copy_((grad / math.prod(ctx.patch)).view(shape))
+        return grad_embeddings, None, None
+
+
+def patch_mean(embeddings: Tensor, patch: Patch, *, grid: Sequence[int] | None = None) -> Tensor:
+    """Average embeddings over patches: ``[..., H, W, D]`` or ``[..., H·W, D]`` ``-> [..., P, D]``.
+
+    >>> import torch, npp_kernels
+    >>> embeddings = torch.arange(16.0).view(1, 4, 4, 1)
+    >>> npp_kernels.patch_mean(embeddings, 2)[0, :, 0].tolist()
+    [2.5, 4.5, 10.5, 12.5]
+    >>> npp_kernels.patch_mean(embeddings.view(1, 16, 1), 2, grid=(4, 4)).shape
+    torch.Size([1, 4, 1])
+
+    Where the embeddings come from a table, `group_mean` gathers and averages in one pass and never stores them.
+
+    Args:
+        embeddings: ``[..., H, W, D]`` for a 2-D patch, ``[..., T, H, W, D]`` for a 3-D one, ``[..., L, D]`` for a 1-D
+            one; or flat in raster order, ``[..., H·W, D]``, together with ``grid``. float32, bfloat16, float16 or
+            float64.
+        patch: as for `group_tokens`.
+        grid: as for `group_tokens`.
+
+    Returns:
+        ``[..., P, D]`` of the same dtype; with a patch of one token the embeddings themselves, as ``[..., H·W, D]``.
+
+    Raises:
+        TypeError: ``embeddings`` has another dtype or is a `DTensor`; ``patch`` is not an int or a tuple of ints.
+        ValueError: the patch does not divide the grid, has another rank, or the grid does not match ``embeddings``.
+
+    Numerics:
+        Sums in fp32 (fp64 for float64), rounded once; the gradient is rounded once.
+
+    Memory:
+        The result alone; a copy of ``embeddings`` where they are not contiguous.
+
+    Source:
+        NPP (arXiv 2412.15321), section 3.2; ``tensor_patchify`` in the official code.
+    """
+    check_floating("embeddings", embeddings)
+    if embeddings.ndim < 2:
+        raise ValueError(f"embeddings: expected [..., H, W, D] or [..., H·W, D], got shape {tuple(embeddings.shape)}")
+    sizes = resolve_patch(patch, grid)
+    leading, grid_sizes = resolve_grid("embeddings", embeddings.shape[:-1], sizes, grid)
+    hidden_size = embeddings.shape[-1]
+    num_patches = math.prod(grid_sizes) // math.prod(sizes)
+    if math.prod(sizes) == 1:
+        return embeddings.reshape(*leading, num_patches, hidden_size)
+    flat = embeddings.reshape(math.prod(leading) * math.prod(grid_sizes), hidden_size).contiguous()
+    return _PatchMean.apply(flat, grid_sizes, sizes).view(*leading, num_patches, hidden_size)
