@@ -144,8 +144,8 @@ class PatchSchedule:
         [0.0, 0.5, 1.0, 1.0, 0.55, 0.145, 0.0, 1.0]
 
         With ``t`` steps done in a stage of ``n``, the factor is the smaller of ``t / warmup_steps`` and
-        ``end_factor + (1 − end_factor) · min(1, (n − t) / (decay_ratio · n))``; where warm-up and decay would overlap in
-        a short stage, they meet below 1.
+        ``end_factor + (1 − end_factor) · min(1, (n − t) / (decay_ratio · n))``; where warm-up and decay would overlap
+        in a short stage, they meet below 1.
 
         Args:
             step: the step, counted from 0.
@@ -188,7 +188,7 @@ class PatchSchedule:
         >>> schedule.relative_cost((16, 16))
         0.625
         >>> round(schedule.relative_cost((16, 16), hidden_size=768, num_layers=12, vocab_size=16384), 3)
-        0.622
+        0.623
 
         A step of ``P`` groups costs ``P`` by tokens alone. With the model's dimensions, it costs the operations of a
         Llama-style transformer, forward and backward:
