@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import importlib
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +34,6 @@ NUM_CLASSES = 10
 EMBEDDED_TOKENS = Path(__file__).parent / "data" / "fashion_mnist_tokens.npz"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _FILES = {"train": "train", "test": "t10k"}
-_BLOCKS_PER_CHUNK = 65_536  # times 512 centroids in fp32: 128 MiB of distances at a time
 
 
 class EmbeddedTokens(NamedTuple):
@@ -66,20 +67,20 @@ class Tokenizer:
             raise ValueError(f"centroids: expected shape [V, 4] or [V, 12], got {self.centroids.shape}")
 
     @classmethod
-    def fit(cls, images: NDArray[np.uint8], *, num_centroids: int = NUM_CENTROIDS, seed: int = 0) -> Tokenizer:
+    def fit(cls, images: NDArray[np.uint8], *, num_centroids: int, seed: int = 0) -> Tokenizer:
         """Fit centroids to the blocks of grey images ``[N, H, W]``; darkest centroid first.
 
         Raises:
             ImportError: scikit-learn is missing.
         """
-        try:
-            from sklearn.cluster import KMeans
-        except ImportError as error:
-            raise ImportError("fitting a tokenizer needs scikit-learn: pip install scikit-learn") from error
         # Equal blocks count by weight: half of all blocks are plain background.
         blocks, counts = np.unique(_blocks(images, 1), axis=0, return_counts=True)
-        fit = KMeans(num_centroids, random_state=seed, n_init=1, max_iter=30)
-        centroids = fit.fit(blocks.astype(np.float32), sample_weight=counts).cluster_centers_.astype(np.float32)
+        fit = _optional("sklearn.cluster").KMeans(num_centroids, random_state=seed, n_init=1, max_iter=30)
+        with _optional("threadpoolctl").threadpool_limits(
+            1
+        ):  # the order of sums, and so the last bits, would depend on the number of threads
+            fit.fit(blocks.astype(np.float32), sample_weight=counts)
+        centroids = fit.cluster_centers_.astype(np.float32)
         return cls(centroids[np.argsort(centroids.mean(1), kind="stable")])
 
     @property
@@ -92,6 +93,7 @@ class Tokenizer:
 
         Raises:
             ValueError: the images are not uint8, of another rank, or of an odd size.
+            ImportError: SciPy is missing.
         """
         expected_rank = 3 if self.channels == 1 else 4
         if (
@@ -104,14 +106,8 @@ class Tokenizer:
                 f"images: expected uint8 with {expected_rank} axes and even height and width, "
                 f"got {images.dtype} of shape {images.shape}"
             )
-        blocks, where = np.unique(_blocks(images, self.channels), axis=0, return_inverse=True)
-        # argmin |b − c|² = argmin |c|² − 2 b·c
-        squares = (self.centroids**2).sum(1)
-        nearest = np.empty(len(blocks), dtype=np.uint16)
-        for start in range(0, len(blocks), _BLOCKS_PER_CHUNK):
-            chunk = blocks[start : start + _BLOCKS_PER_CHUNK].astype(np.float32)
-            nearest[start : start + len(chunk)] = (squares - 2 * chunk @ self.centroids.T).argmin(1)
-        return nearest[where.reshape(-1)].reshape(len(images), images.shape[1] // BLOCK, images.shape[2] // BLOCK)
+        _, nearest = _optional("scipy.spatial").KDTree(self.centroids).query(_blocks(images, self.channels), workers=-1)
+        return nearest.astype(np.uint16).reshape(len(images), images.shape[1] // BLOCK, images.shape[2] // BLOCK)
 
     def decode(self, tokens: NDArray[np.integer]) -> NDArray[np.uint8]:
         """Turn tokens ``[N, H, W]`` into images ``[N, 2H, 2W]`` (RGB: ``[N, 2H, 2W, 3]``).
@@ -128,6 +124,16 @@ class Tokenizer:
         pixels = blocks.reshape(num_images, height, width, BLOCK, BLOCK, self.channels).transpose(0, 1, 3, 2, 4, 5)
         images = pixels.reshape(num_images, BLOCK * height, BLOCK * width, self.channels)
         return images[..., 0] if self.channels == 1 else images
+
+
+def _optional(module: str) -> ModuleType:
+    """Import what only fitting and encoding need; tokens load and decode with NumPy alone."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"the tokenizer needs {module} here: pip install scikit-learn (scipy comes with it)"
+        ) from error
 
 
 def _blocks(images: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
@@ -217,7 +223,9 @@ def main() -> None:
     parser.add_argument("--images", type=Path, default=FASHION_MNIST, help="folder of the gzipped IDX files")
     parser.add_argument("--out", type=Path, default=EMBEDDED_TOKENS, help="the .npz file to write")
     options = parser.parse_args()
-    tokenizer = Tokenizer.fit(place(load_fashion_mnist("train", options.images)[0][:NUM_FITTED_IMAGES]))
+    tokenizer = Tokenizer.fit(
+        place(load_fashion_mnist("train", options.images)[0][:NUM_FITTED_IMAGES]), num_centroids=NUM_CENTROIDS
+    )
     images, labels = load_fashion_mnist("test", options.images)
     padded = place(images)
     tokens = tokenizer.encode(padded)
