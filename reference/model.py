@@ -1,0 +1,338 @@
+"""LlamaGen's class-conditional transformer, trained on patches of any size and sampled token by token.
+
+The architecture, its parameters and the names of its state dict are those of the official checkpoints (RMSNorm, SwiGLU,
+2-D rotary embedding, a condition token in front, an untied output layer that starts at zero). A patch changes only what
+enters and what is scored: groups of K tokens, averaged on the way in, and all K scored by one row on the way out.
+
+``Transformer.fast`` is the one switch between the operations of npp_kernels and the official code's formulation, which
+unfolds embeddings and repeats fp32 logits; both compute the same numbers.
+
+Source: LlamaGen (arXiv 2406.06525), ``autoregressive/models/gpt.py``; NPP (arXiv 2412.15321), section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from npp_kernels import group_mean, ungroup_tokens
+from npp_kernels.grouping import Patch, resolve_grid, resolve_patch
+from reference.ops import linear_patch_cross_entropy
+
+try:
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+ROTARY_BASE = 10_000.0
+NORM_EPS = 1e-5
+INITIAL_STD = 0.02
+FEED_FORWARD_MULTIPLE = 256
+
+SIZES = {  # dim, num_layers, num_heads; B to XXL are the four models of the paper
+    "tiny": (64, 2, 2),
+    "small": (128, 4, 4),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1280, 36, 20),
+    "XXL": (1536, 48, 24),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Dimensions and dropout rates of a `Transformer`; the defaults are LlamaGen-B on 256×256 ImageNet.
+
+    >>> ModelConfig.named("XL").dim
+    1280
+    """
+
+    vocab_size: int = 16_384
+    grid: tuple[int, int] = (16, 16)
+    num_classes: int = 1_000
+    dim: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    token_dropout: float = 0.1  # of the embeddings, the condition's included
+    dropout: float = 0.1  # of what attention and feed-forward add to the residual stream
+    drop_path: float = 0.0  # of the last layer; it rises linearly from 0 in the first
+    class_dropout: float = 0.1  # of the condition, for classifier-free guidance
+
+    @classmethod
+    def named(cls, size: str, **others: object) -> ModelConfig:
+        """Return the configuration of a size in `SIZES`, with the other fields as given."""
+        if size not in SIZES:
+            raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
+        dim, num_layers, num_heads = SIZES[size]
+        return cls(dim=dim, num_layers=num_layers, num_heads=num_heads, **others)  # type: ignore[arg-type]
+
+    def __post_init__(self) -> None:
+        if self.dim % (4 * self.num_heads):
+            raise ValueError(f"dim: expected a multiple of 4 * num_heads = {4 * self.num_heads}, got {self.dim}")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def feed_forward_dim(self) -> int:
+        """Hidden channels of SwiGLU: two thirds of 4·dim, rounded up to a multiple of 256."""
+        return math.ceil(int(8 * self.dim / 3) / FEED_FORWARD_MULTIPLE) * FEED_FORWARD_MULTIPLE
+
+    def coarse_grid(self, patch: Patch) -> tuple[int, int]:
+        """Return the grid of groups that a patch makes of the grid of tokens."""
+        kh, kw = resolve_patch(patch, self.grid)
+        resolve_grid("grid", self.grid, (kh, kw), self.grid)
+        return self.grid[0] // kh, self.grid[1] // kw
+
+    def training_flops(self, patch: Patch) -> int:
+        """Return the operations of one image, forward and backward: linear layers and the causal half of attention."""
+        positions = math.prod(self.coarse_grid(patch))
+        layer = 4 * self.dim**2 + 3 * self.dim * self.feed_forward_dim
+        linear = 6 * positions * (self.num_layers * layer + self.dim * self.vocab_size)
+        return linear + 6 * self.num_layers * self.dim * positions * (positions + 1)
+
+
+class KeyValueCache(NamedTuple):
+    """Keys and values of every position so far, ``[num_layers, B, num_heads, H·W, head_dim]`` each."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class CachedLayer(NamedTuple):
+    """What one layer needs of the cache at one position."""
+
+    keys: Tensor  # [B, num_heads, H·W, head_dim]
+    values: Tensor
+    position: Tensor  # [1]
+    visible: Tensor  # [1, H·W] bool
+
+
+def rotary_embedding(positions: Tensor, width: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines, fp32 ``[P, head_dim / 2]``: half of the pairs turn with the row, half with the column.
+
+    Position 0, the condition, has neither: LlamaGen zeroes its query and key, so that every token attends to it with a
+    score of 0 and it attends to itself alone.
+    """
+    half = head_dim // 2
+    exponents = torch.arange(0, half, 2, device=positions.device, dtype=torch.float32) / half
+    frequencies = 1.0 / ROTARY_BASE**exponents
+    cell = positions - 1
+    row, column = torch.div(cell, width, rounding_mode="floor"), cell % width
+    angles = torch.cat((torch.outer(row.float(), frequencies), torch.outer(column.float(), frequencies)), dim=-1)
+    is_token = (positions > 0).unsqueeze(-1)
+    return angles.cos() * is_token, angles.sin() * is_token
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn adjacent pairs of channels, in fp32: ``x [B, P, ..., head_dim]``."""
+    real, imaginary = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
+    shape = (x.shape[1], *(1,) * (x.ndim - 3), x.shape[-1] // 2)
+    cosine, sine = rotary[0].view(shape), rotary[1].view(shape)
+    turned = torch.stack((real * cosine - imaginary * sine, imaginary * cosine + real * sine), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attend to this and earlier positions; all are ``[B, P, num_heads, head_dim]``."""
+    if flash_attn_func is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return flash_attn_func(query, key, value, causal=True)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+
+
+def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
+    """Drop a whole branch for some images, and scale it up for the others."""
+    if rate == 0 or not training:
+        return branch
+    kept = torch.rand(len(branch), 1, 1, device=branch.device) >= rate
+    return branch * kept.to(branch.dtype) / (1 - rate)
+
+
+class LabelEmbedding(nn.Module):
+    """Class labels as condition tokens; one row more than classes stands for "no class"."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
+        self.no_class = config.num_classes
+        self.dropout = config.class_dropout
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Embed ``labels [B]``, some of them dropped while training: ``[B, D]``."""
+        if self.training and self.dropout > 0:
+            dropped = torch.rand(labels.shape, device=labels.device) < self.dropout
+            labels = torch.where(dropped, self.no_class, labels)
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with a rotary embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = (3, config.num_heads, config.head_dim)
+        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cached: CachedLayer | None = None) -> Tensor:
+        """Mix positions ``x [B, P, D]``; with a cache, P is 1."""
+        qkv = self.wqkv(x).unflatten(-1, self.heads)
+        query, key = rotate(qkv[:, :, :2], rotary).unbind(2)
+        value = qkv[:, :, 2]
+        if cached is None:
+            mixed = causal_attention(query, key, value)
+        else:
+            cached.keys.index_copy_(2, cached.position, key.transpose(1, 2).to(cached.keys.dtype))
+            cached.values.index_copy_(2, cached.position, value.transpose(1, 2).to(cached.values.dtype))
+            mixed = F.scaled_dot_product_attention(
+                query.transpose(1, 2).to(cached.keys.dtype), cached.keys, cached.values, attn_mask=cached.visible
+            ).transpose(1, 2)
+        return self.dropout(self.wo(mixed.flatten(2).to(qkv.dtype)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.feed_forward_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.feed_forward_dim, bias=False)
+        self.w2 = nn.Linear(config.feed_forward_dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each position of ``x [B, P, D]``."""
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    """One transformer layer: attention and feed-forward, each normalised first and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, drop_path_rate: float) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.drop_path_rate = drop_path_rate
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cached: CachedLayer | None = None) -> Tensor:
+        """Add both branches to the residual stream ``x [B, P, D]``."""
+        attended = self.attention(self.attention_norm(x), rotary, cached)
+        x = x + drop_path(attended, self.drop_path_rate, self.training)
+        return x + drop_path(self.feed_forward(self.ffn_norm(x)), self.drop_path_rate, self.training)
+
+
+class Transformer(nn.Module):
+    """A class-conditional image model over a grid of tokens.
+
+    >>> import torch
+    >>> from npp_kernels import group_tokens
+    >>> model = Transformer(ModelConfig.named("tiny", vocab_size=512, grid=(4, 4), num_classes=10))
+    >>> tokens, labels = torch.randint(512, (2, 4, 4)), torch.tensor([3, 7])
+    >>> model(group_tokens(tokens, 2), labels, 2).shape
+    torch.Size([2, 4, 64])
+    >>> round(model.loss(group_tokens(tokens, 2), labels, 2).item(), 3)  # ln(512): the output layer starts at zero
+    6.238
+
+    Args:
+        config: dimensions and dropout rates.
+        fast: the operations of npp_kernels; or, if false, the formulation of the official code.
+    """
+
+    def __init__(self, config: ModelConfig, *, fast: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.fast = fast
+        self.cls_embedding = LabelEmbedding(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_dropout = nn.Dropout(config.token_dropout)
+        last = max(config.num_layers - 1, 1)
+        self.layers = nn.ModuleList(Block(config, config.drop_path * i / last) for i in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=INITIAL_STD)
+        nn.init.zeros_(self.output.weight)
+
+    def forward(self, groups: Tensor, labels: Tensor, patch: Patch = 1) -> Tensor:
+        """Return the hidden states that predict each group: ``groups [B, P, K], labels [B] -> [B, P, D]``.
+
+        Row p has seen the condition and the groups before p, and is normalised: ``output`` alone is left to apply.
+        A label of ``num_classes`` means "no class"; while training, labels are replaced by it at ``class_dropout``.
+        """
+        rows, columns = self.config.coarse_grid(patch)
+        condition = self.cls_embedding(labels).unsqueeze(1)
+        hidden = self.tok_dropout(torch.cat((condition, self._embed(groups, patch)), dim=1))
+        positions = torch.arange(rows * columns, device=hidden.device)
+        rotary = rotary_embedding(positions, columns, self.config.head_dim)
+        for layer in self.layers:
+            hidden = layer(hidden, rotary)
+        return self.norm(hidden)
+
+    def loss(
+        self, groups: Tensor, labels: Tensor, patch: Patch = 1, *, num_targets: int | Tensor | None = None
+    ) -> Tensor:
+        """Return the mean cross entropy, in nats per token, of all tokens of every group.
+
+        Args:
+            groups: ids ``[B, P, K]`` of the patch.
+            labels: ``[B]``.
+            patch: the patch that made the groups.
+            num_targets: what the sum is divided by instead of this batch's ``B·P·K``: the targets of the whole step,
+                where a step is many batches.
+        """
+        hidden = self(groups, labels, patch)
+        if self.fast:
+            return linear_patch_cross_entropy(hidden, self.output.weight, groups, num_targets=num_targets)[0]
+        logits = self.output(hidden).float().flatten(0, 1)  # [B·P, V]
+        repeated = logits.unsqueeze(1).repeat(1, groups.shape[-1], 1).flatten(0, 1)
+        loss = F.cross_entropy(repeated, groups.flatten())
+        return loss if num_targets is None else loss * (groups.numel() / num_targets)
+
+    def _embed(self, groups: Tensor, patch: Patch) -> Tensor:
+        """Average the embeddings of all groups but the last: ``[B, P, K] -> [B, P - 1, D]``."""
+        if self.fast:
+            return group_mean(self.tok_embeddings.weight, groups[:, :-1])
+        tokens = ungroup_tokens(groups, patch, grid=self.config.grid)
+        embeddings = self.tok_embeddings(tokens).flatten(1, 2)  # [B, H·W, D]
+        if groups.shape[-1] > 1:
+            sizes = resolve_patch(patch, self.config.grid)
+            image = embeddings.unflatten(1, self.config.grid).permute(0, 3, 1, 2)
+            unfolded = F.unfold(image, kernel_size=sizes, stride=sizes).transpose(1, 2)  # [B, P, D·K]
+            embeddings = unfolded.unflatten(-1, (self.config.dim, -1)).permute(0, 1, 3, 2).mean(2)
+        return embeddings[:, :-1]
+
+    def make_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device | str) -> KeyValueCache:
+        """Return an empty cache for `decode`."""
+        config = self.config
+        shape = (config.num_layers, batch_size, config.num_heads, math.prod(config.grid), config.head_dim)
+        return KeyValueCache(
+            torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+        )
+
+    def decode(self, ids: Tensor | None, labels: Tensor | None, position: Tensor, cache: KeyValueCache) -> Tensor:
+        """Feed one position and return the logits of the token that follows it, fp32 ``[B, V]``.
+
+        Position 0 takes ``labels [B]``, the condition; position i of 1 to H·W − 1 takes ``ids [B]``, token i − 1. Only
+        ``position`` (0-d, int64) and the cache decide what is seen, so that one CUDA graph serves every position.
+        """
+        if (ids is None) == (labels is None):
+            raise ValueError("ids: expected either ids or labels, got " + ("neither" if ids is None else "both"))
+        hidden = (self.cls_embedding(labels) if ids is None else self.tok_embeddings(ids)).unsqueeze(1)
+        position = position.reshape(1)
+        rotary = rotary_embedding(position, self.config.grid[1], self.config.head_dim)
+        visible = torch.arange(cache.keys.shape[3], device=position.device).unsqueeze(0) <= position
+        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            hidden = layer(hidden, rotary, CachedLayer(keys, values, position, visible))
+        return self.output(self.norm(hidden)).squeeze(1).float()
