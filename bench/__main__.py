@@ -1,0 +1,65 @@
+"""Run the benchmarks and make their report, from the repository's root.
+
+    python -m bench                                  # measure, then report into runs/bench-DATE/
+    python -m bench report RESULTS --out FOLDER      # tables and plots of results made before
+    python -m bench readme RESULTS README.md         # write the results between README's markers
+
+RESULTS is a file ``results.json`` or, of a run that was cut off, ``journal.jsonl``. Other arguments go to pytest:
+``python -m bench --device=cpu -k group_mean``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from bench.records import read_results
+from bench.report import write_report
+from bench.tables import fill_sections
+
+HERE = Path(__file__).resolve().parent
+
+
+def measure(arguments: list[str]) -> int:
+    """Run pytest over the benchmarks, then write the report of whatever was measured."""
+    folder = HERE.parent / "runs" / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
+    folder.mkdir(parents=True)
+    results, journal = folder / "results.json", folder / "journal.jsonl"
+    options = ["--benchmark-only", "--benchmark-columns=median,iqr,rounds", "--progress", "--no-header", "-q"]
+    status = pytest.main([str(HERE), *options, f"--benchmark-json={results}", f"--journal={journal}", *arguments])
+    made = results if results.exists() and results.stat().st_size else journal
+    if made.exists():
+        print(f"report: {write_report(read_results(made), folder)}")
+    return int(status)
+
+
+def main(arguments: list[str]) -> int:
+    """Do what the command line asks for; return the exit status."""
+    if not arguments or arguments[0] not in ("report", "readme", "-h", "--help"):
+        return measure(arguments)
+    parser = argparse.ArgumentParser(
+        "python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    report = commands.add_parser("report", help="tables and plots of results")
+    report.add_argument("results", type=Path)
+    report.add_argument("--out", type=Path, required=True)
+    readme = commands.add_parser("readme", help="write results between a page's markers")
+    readme.add_argument("results", type=Path)
+    readme.add_argument("page", type=Path)
+    options = parser.parse_args(arguments)
+    results = read_results(options.results)
+    if options.command == "report":
+        print(write_report(results, options.out))
+    else:
+        text = options.page.read_text(encoding="utf-8")
+        options.page.write_text(fill_sections(text, results), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,151 @@
+"""Timing: one clock for each kind of device, and the candidates of a workload run in turn on it.
+
+On a GPU a run is timed by CUDA events. Before each, a buffer of many times the L2's size is overwritten: nothing that
+the run reads is in the cache, and while the GPU is busy with that, the host queues the run, so that what is timed is
+the GPU's work and not the launching. On the CPU a run is timed by the host's clock, with the caches as they are.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+WARM_UP_RUNS = 3
+# Flushing 16 times an H100's L2 of 50 MB keeps it busy for a quarter of a millisecond: longer than the host takes to
+# queue a forward and backward in eager mode.
+FLUSH_L2_MULTIPLE = 16
+
+# Back-to-back timing of small workloads: rounds, and calls in each (fewer than the launches a GPU lets queue up).
+HOST_ROUNDS = 15
+HOST_CALLS = 50
+
+
+def _nothing() -> None:
+    """Prepare nothing."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to time, and what has to be put right before each run, untimed."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], None] = _nothing
+
+
+class CudaClock:
+    """Times runs on a GPU with events, after flushing its L2."""
+
+    budget_seconds = 0.5
+    min_rounds, max_rounds = 7, 50
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        size = FLUSH_L2_MULTIPLE * torch.cuda.get_device_properties(device).L2_cache_size
+        self._flushed = torch.empty(max(size, 2**28), dtype=torch.uint8, device=device)
+
+    def synchronize(self) -> None:
+        """Wait until the GPU has nothing to do."""
+        torch.cuda.synchronize(self.device)
+
+    def time(self, candidate: Candidate) -> float:
+        """Return the seconds of one run."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        candidate.prepare()
+        self._flushed.zero_()
+        start.record()
+        candidate.run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+class CpuClock:
+    """Times runs on the CPU with the host's clock."""
+
+    budget_seconds = 1.0
+    min_rounds, max_rounds = 3, 15
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def synchronize(self) -> None:
+        """Do nothing: the CPU's work is done when a call returns."""
+
+    def time(self, candidate: Candidate) -> float:
+        """Return the seconds of one run."""
+        candidate.prepare()
+        start = time.perf_counter()
+        candidate.run()
+        return time.perf_counter() - start
+
+
+Clock = CudaClock | CpuClock
+
+
+def make_clock(device: torch.device) -> Clock:
+    """Return the clock of a device."""
+    return CudaClock(device) if device.type == "cuda" else CpuClock(device)
+
+
+def turns(counts: Sequence[int]) -> Iterator[int]:
+    """Yield candidates by index, one run each in turn, until each has had its number of runs.
+
+    >>> list(turns([3, 1, 2]))
+    [0, 1, 2, 0, 2, 0]
+    """
+    for turn in range(max(counts, default=0)):
+        yield from (index for index, count in enumerate(counts) if turn < count)
+
+
+def run_in_turn(clock: Clock, candidates: Sequence[Candidate]) -> list[list[float]]:
+    """Time candidates in turn, so that a machine that drifts drifts for all; return the seconds of each one's runs.
+
+    Each has as many runs as its share of the clock's budget allows, within the clock's bounds.
+    """
+    counts = []
+    for candidate in candidates:
+        estimate = statistics.median(clock.time(candidate) for _ in range(WARM_UP_RUNS))
+        counts.append(min(max(int(clock.budget_seconds / max(estimate, 1e-9)), clock.min_rounds), clock.max_rounds))
+    samples: list[list[float]] = [[] for _ in candidates]
+    gc.collect()
+    gc.disable()
+    try:
+        for index in turns(counts):
+            samples[index].append(clock.time(candidates[index]))
+    finally:
+        gc.enable()
+    return samples
+
+
+def run_back_to_back(clock: Clock, candidates: Sequence[Candidate]) -> tuple[list[list[float]], list[float]]:
+    """Time small candidates as a loop in eager mode would run them: by the host, without flushing or waiting.
+
+    Returns:
+        The wall-clock seconds of a call, averaged over the calls of a round, for each round of each candidate; and each
+        candidate's median seconds until the host had queued a call, which is what Python and launching cost.
+    """
+    wall: list[list[float]] = [[] for _ in candidates]
+    host: list[list[float]] = [[] for _ in candidates]
+    for candidate in candidates:
+        for _ in range(WARM_UP_RUNS):
+            candidate.run()
+    gc.collect()
+    gc.disable()
+    try:
+        for index in turns([HOST_ROUNDS] * len(candidates)):
+            clock.synchronize()
+            start = time.perf_counter()
+            for _ in range(HOST_CALLS):
+                candidates[index].run()
+            queued = time.perf_counter()
+            clock.synchronize()
+            wall[index].append((time.perf_counter() - start) / HOST_CALLS)
+            host[index].append((queued - start) / HOST_CALLS)
+    finally:
+        gc.enable()
+    return wall, [statistics.median(times) for times in host]
