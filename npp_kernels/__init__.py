@@ -3,8 +3,19 @@
 from npp_kernels._checks import check_ids
 from npp_kernels.group_mean import group_mean
 from npp_kernels.grouping import group_tokens, ungroup_tokens
+from npp_kernels.patch_cross_entropy import PatchLossStats, patch_cross_entropy
 from npp_kernels.patch_mean import patch_mean
 from npp_kernels.schedule import PatchSchedule, Stage
 
-__all__ = ["PatchSchedule", "Stage", "check_ids", "group_mean", "group_tokens", "patch_mean", "ungroup_tokens"]
+__all__ = [
+    "PatchLossStats",
+    "PatchSchedule",
+    "Stage",
+    "check_ids",
+    "group_mean",
+    "group_tokens",
+    "patch_cross_entropy",
+    "patch_mean",
+    "ungroup_tokens",
+]
 __version__ = "0.1.0"

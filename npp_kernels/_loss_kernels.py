@@ -1,0 +1,541 @@
+"""The kernels of the losses: one row of logits against the K targets of a group, and their launchers.
+
+    loss    = Σ_pj c_pj · (lse_p − z_p[t_pj])                            lse_p = logsumexp_v z_pv
+    dz_pv   = (Σ_j c_pj) · softmax(z_p)_v − Σ_{j: t_pj = v} c_pj
+
+A kernel forms ``c_pj = scale_p · slot_scale_j · [t_pj counts]`` from a few numbers; see `LossSettings.normalize`.
+
+A row of up to `MAX_REGISTER_VOCAB` logits stays in registers between its statistics and its gradient. A wider one is
+read twice by the program that owns it, the second time backwards, so that what was read last is still in the L2.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from npp_kernels._dispatch import launch_device, num_multiprocessors
+from npp_kernels._triton_math import cap_derivative, capped
+
+MAX_REGISTER_VOCAB = 32768
+WIDE_BLOCK = 16384
+WIDE_LANES = 4096
+GRADIENT_BLOCK = 4096
+GRADIENT_PROGRAMS = 8
+COUNT_BLOCK = 2048
+MAX_PARTIALS = 64
+DUPLICATE_SLOTS = 16
+
+
+class LossSettings(NamedTuple):
+    """The options of a loss that its kernels take as plain numbers; None where an option is off."""
+
+    ignore_index: int
+    normalize: str
+    """What the kernels divide a target's weight by: ``"target"`` (the first total), ``"row"`` (the row's weight and
+    the second total) or ``"none"``."""
+    label_smoothing: float | None
+    z_loss: float | None
+    softcap: float | None
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _count_targets_kernel(
+    groups_ptr,  # [num_rows, GROUP_SIZE]
+    slot_weights_ptr,  # [GROUP_SIZE] or None
+    totals_ptr,  # [2, num_programs] out: the weight of the targets that count, and the rows that have one
+    num_rows,
+    ignore_index,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """One program counts every num_programs-th block of BLOCK_ROWS rows."""
+    slots = tl.arange(0, BLOCK_SLOTS)
+    slot_mask = slots < GROUP_SIZE
+    weights = tl.full([BLOCK_SLOTS], 1.0, tl.float32)
+    if slot_weights_ptr is not None:
+        weights = tl.load(slot_weights_ptr + slots, mask=slot_mask, other=0.0)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    rows_with_target = tl.zeros([BLOCK_ROWS], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_ROWS), tl.num_programs(0)):
+        rows = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        mask = (rows < num_rows)[:, None] & slot_mask[None, :]
+        targets = tl.load(groups_ptr + rows[:, None] * GROUP_SIZE + slots[None, :], mask=mask, other=0)
+        counted = tl.where(mask & (targets != ignore_index), 1.0, 0.0)
+        total += tl.sum(counted * weights[None, :], axis=1)
+        rows_with_target += tl.max(counted, axis=1)
+    tl.store(totals_ptr + tl.program_id(0), tl.sum(total, axis=0))
+    tl.store(totals_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(rows_with_target, axis=0))
+
+
+@triton.jit
+def _load_total(totals_ptr, which, NUM_PARTIALS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr):
+    """Return a total of the counts, and 1 for 0, so that what has no target divides by something."""
+    partials = tl.arange(0, BLOCK_PARTIALS)
+    counts = tl.load(totals_ptr + which * NUM_PARTIALS + partials, mask=partials < NUM_PARTIALS, other=0.0)
+    total = tl.sum(counts, axis=0)
+    return tl.where(total == 0, 1.0, total)
+
+
+@triton.jit
+def _load_targets(
+    groups_ptr, slot_scale_ptr, totals_ptr, row, vocab_size, ignore_index,
+    NORMALIZE: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    NUM_PARTIALS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr,
+):  # fmt: skip
+    """Load the targets of a row and their coefficients: 0 where ignored, NaN where out of range."""
+    slots = tl.arange(0, BLOCK_SLOTS)
+    slot_mask = slots < GROUP_SIZE
+    targets = tl.load(groups_ptr + row * GROUP_SIZE + slots, mask=slot_mask, other=0).to(tl.int64)
+    counted = slot_mask & (targets != ignore_index)
+    in_range = counted & (targets >= 0) & (targets < vocab_size)
+    weights = tl.full([BLOCK_SLOTS], 1.0, tl.float32)
+    if slot_scale_ptr is not None:
+        weights = tl.load(slot_scale_ptr + slots, mask=slot_mask, other=0.0)
+    coefficients = tl.where(counted, weights, 0.0)
+    if NORMALIZE == "target":
+        coefficients = coefficients / _load_total(totals_ptr, 0, NUM_PARTIALS, BLOCK_PARTIALS)
+    elif NORMALIZE == "row":
+        row_weight = tl.sum(coefficients, axis=0)
+        rows_with_target = _load_total(totals_ptr, 1, NUM_PARTIALS, BLOCK_PARTIALS)
+        coefficients = coefficients / (tl.where(row_weight == 0, 1.0, row_weight) * rows_with_target)
+    coefficients = tl.where(counted & (in_range == 0), float("nan"), coefficients)
+    return targets, coefficients, counted, in_range
+
+
+@triton.jit
+def _penalty_scale(totals_ptr, counted, z_loss, NUM_PARTIALS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr):
+    """Return what multiplies the squared lse of a row; 0 for a row without a target."""
+    scale = tl.where(tl.max(counted.to(tl.int32), axis=0) > 0, 1.0, 0.0)
+    if z_loss is None:
+        scale = scale * 0.0
+    else:
+        scale = scale * z_loss
+        if totals_ptr is not None:
+            scale = scale / _load_total(totals_ptr, 1, NUM_PARTIALS, BLOCK_PARTIALS)
+    return scale
+
+
+@triton.jit
+def _store_target_gradients(
+    grad_row, groups_row, targets, coefficients, in_range, target_logits, lse, softmax_weight, spread, smoothing_rest,
+    softcap, GROUP_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
+):  # fmt: skip
+    """Overwrite a row's gradient at its targets, after the rest of it is written.
+
+    Equal targets all store the same value: each sums the coefficients of its equals, so the order does not matter.
+    """
+    slots = tl.arange(0, BLOCK_SLOTS)
+    own = tl.zeros([BLOCK_SLOTS], tl.float32)
+    for first in tl.static_range(0, BLOCK_SLOTS, BLOCK_OTHERS):
+        others = first + tl.arange(0, BLOCK_OTHERS)
+        other_targets = tl.load(groups_row + others, mask=others < GROUP_SIZE, other=-1).to(tl.int64)
+        # Coefficients live in registers by slot; picking them by a one-hot sum keeps them there.
+        picked = tl.sum(tl.where(slots[:, None] == others[None, :], coefficients[:, None], 0.0), axis=0)
+        equal = (targets[:, None] == other_targets[None, :]) & (others < GROUP_SIZE)[None, :]
+        own += tl.sum(tl.where(equal, picked[None, :], 0.0), axis=1)
+    gradient = softmax_weight * tl.exp(target_logits - lse) - spread - smoothing_rest * own
+    if softcap is not None:
+        gradient = gradient * cap_derivative(target_logits, softcap)
+    tl.store(grad_row + targets, gradient.to(grad_row.dtype.element_ty), mask=in_range)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _loss_kernel(
+    logits_ptr,  # [num_rows, vocab_size]
+    grad_ptr,  # [num_rows, vocab_size] out or None; may be logits_ptr
+    groups_ptr,  # [num_rows, GROUP_SIZE]
+    slot_scale_ptr,  # [GROUP_SIZE] or None
+    totals_ptr,  # [2, NUM_PARTIALS] or None
+    losses_ptr,  # [num_rows, GROUP_SIZE] out or None: the loss of every target, without coefficients
+    rows_ptr,  # [num_rows, 4] out: loss, lse, accuracy, entropy (the last two with WITH_STATS)
+    logits_stride,
+    grad_stride,
+    vocab_size,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    NORMALIZE: tl.constexpr,
+    WITH_STATS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+    BLOCK_OTHERS: tl.constexpr,
+    NUM_PARTIALS: tl.constexpr,
+    BLOCK_PARTIALS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """One program scores one row against its targets and, where asked, writes the row's gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_row = logits_ptr + row * logits_stride
+    targets, coefficients, counted, in_range = _load_targets(
+        groups_ptr, slot_scale_ptr, totals_ptr, row, vocab_size, ignore_index,
+        NORMALIZE, GROUP_SIZE, BLOCK_SLOTS, NUM_PARTIALS, BLOCK_PARTIALS,
+    )  # fmt: skip
+    target_logits = capped(tl.load(logits_row + targets, mask=in_range, other=0.0).to(tl.float32), softcap)
+
+    # One tile [BLOCK_VOCAB / LANES, LANES] at a time: a lane's running statistics stay in one thread.
+    depth = tl.arange(0, BLOCK_VOCAB // LANES)[:, None] * LANES
+    lanes = tl.arange(0, LANES)[None, :]
+    if ONE_BLOCK:
+        offsets = depth + lanes
+        mask = offsets < vocab_size
+        raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+        logits = tl.where(mask, capped(raw, softcap), float("-inf"))
+        maximum = tl.max(tl.max(logits, axis=0), axis=0)
+        exponentials = tl.exp(logits - maximum)
+        total = tl.sum(tl.sum(exponentials, axis=0), axis=0)
+        if label_smoothing is not None:
+            logit_sum = tl.sum(tl.sum(tl.where(mask, logits, 0.0), axis=0), axis=0)
+        if WITH_STATS:
+            weighted = tl.where(exponentials > 0, exponentials * (logits - maximum), 0.0)
+            weighted_sum = tl.sum(tl.sum(weighted, axis=0), axis=0)
+            best = tl.max(tl.max(raw, axis=0), axis=0)
+            arg_max = tl.min(tl.min(tl.where(raw == best, offsets, vocab_size), axis=0), axis=0)
+    else:
+        # The floor is finite: a lane that has seen only -inf must not compute inf - inf.
+        lane_max = tl.full([LANES], -3.0e38, tl.float32)
+        lane_total = tl.zeros([LANES], tl.float32)
+        lane_sum = tl.zeros([LANES], tl.float32)
+        lane_weighted = tl.zeros([LANES], tl.float32)
+        lane_best = tl.full([LANES], float("-inf"), tl.float32)
+        lane_arg = tl.zeros([LANES], tl.int32) + vocab_size
+        for first in range(0, vocab_size, BLOCK_VOCAB):
+            offsets = first + depth + lanes
+            mask = offsets < vocab_size
+            raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+            logits = tl.where(mask, capped(raw, softcap), float("-inf"))
+            new_max = tl.maximum(lane_max, tl.max(logits, axis=0))
+            rescale = tl.exp(lane_max - new_max)
+            exponentials = tl.exp(logits - new_max[None, :])
+            if WITH_STATS:
+                weighted = tl.where(exponentials > 0, exponentials * (logits - new_max[None, :]), 0.0)
+                shifted = lane_weighted + (lane_max - new_max) * lane_total
+                lane_weighted = rescale * shifted + tl.sum(weighted, axis=0)
+                tile_best = tl.max(raw, axis=0)
+                tile_arg = tl.min(tl.where(raw == tile_best[None, :], offsets, vocab_size), axis=0)
+                lane_arg = tl.where(tile_best > lane_best, tile_arg, lane_arg)
+                lane_best = tl.maximum(lane_best, tile_best)
+            lane_total = lane_total * rescale + tl.sum(exponentials, axis=0)
+            lane_max = new_max
+            if label_smoothing is not None:
+                lane_sum += tl.sum(tl.where(mask, logits, 0.0), axis=0)
+        maximum = tl.max(lane_max, axis=0)
+        total = tl.sum(lane_total * tl.exp(lane_max - maximum), axis=0)
+        logit_sum = tl.sum(lane_sum, axis=0)
+        if WITH_STATS:
+            shifted = lane_weighted + (lane_max - maximum) * lane_total
+            weighted_sum = tl.sum(tl.where(lane_total > 0, tl.exp(lane_max - maximum) * shifted, 0.0), axis=0)
+            best = tl.max(lane_best, axis=0)
+            arg_max = tl.min(tl.where(lane_best == best, lane_arg, vocab_size), axis=0)
+
+    lse = maximum + tl.log(total)
+    row_coefficient = tl.sum(coefficients, axis=0)
+    penalty = _penalty_scale(totals_ptr, counted, z_loss, NUM_PARTIALS, BLOCK_PARTIALS)
+    smoothing_rest = 1.0
+    spread = 0.0
+    target_losses = lse - target_logits
+    if label_smoothing is not None:
+        smoothing_rest = 1.0 - label_smoothing
+        spread = label_smoothing * row_coefficient / vocab_size
+        target_losses = smoothing_rest * target_losses + label_smoothing * (lse - logit_sum / vocab_size)
+    target_losses = tl.where(counted, target_losses, 0.0)
+    loss = tl.sum(tl.where(counted, coefficients * target_losses, 0.0), axis=0)
+    if z_loss is not None:
+        loss += tl.where(penalty == 0, 0.0, penalty * lse * lse)
+    tl.store(rows_ptr + row * 4, loss)
+    tl.store(rows_ptr + row * 4 + 1, lse)
+    if losses_ptr is not None:
+        slots = tl.arange(0, BLOCK_SLOTS)
+        target_losses = tl.where(counted & (in_range == 0), float("nan"), target_losses)
+        tl.store(losses_ptr + row * GROUP_SIZE + slots, target_losses, mask=slots < GROUP_SIZE)
+    if WITH_STATS:
+        hit = tl.max((in_range & (targets == arg_max)).to(tl.float32), axis=0)
+        tl.store(rows_ptr + row * 4 + 2, hit)
+        tl.store(rows_ptr + row * 4 + 3, tl.log(total) - weighted_sum / total)
+
+    if grad_ptr is not None:
+        grad_row = grad_ptr + row * grad_stride
+        # dz = (Σ_j c_j + 2 λ lse) · softmax − ε Σ_j c_j / V, and less at the targets. A row without any is 0, not NaN.
+        softmax_weight = row_coefficient + 2.0 * penalty * lse
+        idle = (row_coefficient == 0) & (penalty == 0)
+        if ONE_BLOCK:
+            gradient = exponentials * (softmax_weight / total) - spread
+            if softcap is not None:
+                gradient = gradient * cap_derivative(logits, softcap)
+            gradient = tl.where(idle, 0.0, gradient)
+            tl.store(grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
+        else:
+            num_blocks = tl.cdiv(vocab_size, BLOCK_VOCAB)
+            for block in range(num_blocks):
+                offsets = (num_blocks - 1 - block) * BLOCK_VOCAB + depth + lanes
+                mask = offsets < vocab_size
+                raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+                logits = tl.where(mask, capped(raw, softcap), float("-inf"))
+                gradient = softmax_weight * tl.exp(logits - lse) - spread
+                if softcap is not None:
+                    gradient = gradient * cap_derivative(logits, softcap)
+                gradient = tl.where(idle, 0.0, gradient)
+                tl.store(grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
+        tl.debug_barrier()  # the stores above come before those at the targets, from other threads
+        if idle == 0:
+            _store_target_gradients(
+                grad_row, groups_ptr + row * GROUP_SIZE, targets, coefficients, in_range, target_logits, lse,
+                softmax_weight, spread, smoothing_rest, softcap, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["ignore_index", "num_rows"])
+def _gradient_kernel(
+    logits_ptr,  # [num_rows, vocab_size]
+    grad_ptr,  # [num_rows, vocab_size] out; may be logits_ptr
+    groups_ptr,  # [num_rows, GROUP_SIZE]
+    slot_scale_ptr,  # [GROUP_SIZE] or None
+    totals_ptr,  # [2, NUM_PARTIALS] or None
+    rows_ptr,  # [num_rows, 4]: lse in column 1
+    upstream_ptr,  # [] or, with PER_TARGET, [num_rows, GROUP_SIZE]
+    num_rows,
+    logits_stride,
+    grad_stride,
+    vocab_size,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    NORMALIZE: tl.constexpr,
+    PER_TARGET: tl.constexpr,
+    SKIP_UNIT: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+    BLOCK_OTHERS: tl.constexpr,
+    NUM_PARTIALS: tl.constexpr,
+    BLOCK_PARTIALS: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr,
+):
+    """One program writes every num_programs-th block of BLOCK_VOCAB gradients, from the lse of the forward.
+
+    With SKIP_UNIT the gradient for an upstream of 1 is there already, and there is nothing to do if it is 1.
+    """
+    blocks = tl.cdiv(vocab_size, BLOCK_VOCAB)
+    num_tasks = num_rows.to(tl.int64) * blocks
+    upstream = 1.0
+    if not PER_TARGET:
+        upstream = tl.load(upstream_ptr).to(tl.float32)
+        if SKIP_UNIT:
+            num_tasks = tl.where(upstream == 1.0, 0, num_tasks)
+    for task in range(tl.program_id(0).to(tl.int64), num_tasks, tl.num_programs(0)):
+        row = task // blocks
+        first = (task % blocks).to(tl.int32) * BLOCK_VOCAB
+        logits_row = logits_ptr + row * logits_stride
+        grad_row = grad_ptr + row * grad_stride
+        targets, coefficients, counted, in_range = _load_targets(
+            groups_ptr, slot_scale_ptr, totals_ptr, row, vocab_size, ignore_index,
+            NORMALIZE, GROUP_SIZE, BLOCK_SLOTS, NUM_PARTIALS, BLOCK_PARTIALS,
+        )  # fmt: skip
+        if PER_TARGET:
+            slots = tl.arange(0, BLOCK_SLOTS)
+            per_target = tl.load(upstream_ptr + row * GROUP_SIZE + slots, mask=counted, other=0.0).to(tl.float32)
+            coefficients = tl.where(counted, coefficients * per_target, 0.0)
+        lse = tl.load(rows_ptr + row * 4 + 1)
+        penalty = _penalty_scale(totals_ptr, counted, z_loss, NUM_PARTIALS, BLOCK_PARTIALS) * upstream
+        coefficients = coefficients * upstream
+        row_coefficient = tl.sum(coefficients, axis=0)
+        softmax_weight = row_coefficient + 2.0 * penalty * lse
+        smoothing_rest = 1.0
+        spread = 0.0
+        if label_smoothing is not None:
+            smoothing_rest = 1.0 - label_smoothing
+            spread = label_smoothing * row_coefficient / vocab_size
+
+        # Targets of this block only; the others belong to programs of their own.
+        in_block = in_range & (targets >= first) & (targets < first + BLOCK_VOCAB)
+        target_logits = capped(tl.load(logits_row + targets, mask=in_block, other=0.0).to(tl.float32), softcap)
+        offsets = first + tl.arange(0, BLOCK_VOCAB)
+        mask = offsets < vocab_size
+        raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+        tl.debug_barrier()  # in place, a target's logit is read before its neighbours' gradients are written
+        logits = capped(raw, softcap)
+        gradient = softmax_weight * tl.exp(logits - lse) - spread
+        if softcap is not None:
+            gradient = gradient * cap_derivative(logits, softcap)
+        # Unequal upstream gradients can cancel in the sum; a row is idle only where every coefficient is 0.
+        idle = (tl.sum(tl.where(coefficients != 0, 1, 0), axis=0) == 0) & (penalty == 0)
+        gradient = tl.where(idle, 0.0, gradient)
+        tl.store(grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
+        tl.debug_barrier()  # the stores above come before those at the targets, from other threads
+        if idle == 0:
+            _store_target_gradients(
+                grad_row, groups_ptr + row * GROUP_SIZE, targets, coefficients, in_block, target_logits, lse,
+                softmax_weight, spread, smoothing_rest, softcap, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _scale_kernel(
+    grad_ptr,  # [num_rows, row_size] in and out
+    upstream_ptr,  # []
+    num_rows,
+    grad_stride,
+    row_size,
+    BLOCK: tl.constexpr,
+):
+    """One program multiplies every num_programs-th block by the upstream gradient; nothing to do if that is 1."""
+    upstream = tl.load(upstream_ptr).to(tl.float32)
+    blocks = tl.cdiv(row_size, BLOCK)
+    num_tasks = tl.where(upstream == 1.0, 0, num_rows.to(tl.int64) * blocks)
+    for task in range(tl.program_id(0).to(tl.int64), num_tasks, tl.num_programs(0)):
+        offsets = (task % blocks) * BLOCK + tl.arange(0, BLOCK)
+        pointers = grad_ptr + (task // blocks) * grad_stride + offsets
+        mask = offsets < row_size
+        scaled = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * upstream
+        tl.store(pointers, scaled.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+def _slot_options(group_size: int, totals: Tensor | None) -> dict[str, int]:
+    """Return the constants that describe a group and the partial totals."""
+    block_slots = triton.next_power_of_2(group_size)
+    num_partials = 1 if totals is None else totals.shape[1]
+    return {
+        "GROUP_SIZE": group_size,
+        "BLOCK_SLOTS": block_slots,
+        "BLOCK_OTHERS": min(block_slots, DUPLICATE_SLOTS),
+        "NUM_PARTIALS": num_partials,
+        "BLOCK_PARTIALS": triton.next_power_of_2(num_partials),
+    }
+
+
+def _row_options(vocab_size: int) -> dict[str, Any]:
+    """Return the tiling of a row of logits."""
+    block_vocab = max(triton.next_power_of_2(vocab_size), 32)
+    if vocab_size <= MAX_REGISTER_VOCAB:
+        num_warps = min(max(block_vocab // 1024, 1), 16)
+        return {
+            "ONE_BLOCK": True,
+            "BLOCK_VOCAB": block_vocab,
+            "LANES": min(block_vocab, num_warps * 256),
+            "num_warps": num_warps,
+        }
+    return {"ONE_BLOCK": False, "BLOCK_VOCAB": WIDE_BLOCK, "LANES": WIDE_LANES, "num_warps": 16}
+
+
+def count_targets(groups: Tensor, slot_weights: Tensor | None, ignore_index: int) -> Tensor:
+    """Return partial totals ``[2, n]`` over ``groups [N, K]``: the weight of its targets, and its rows with one."""
+    num_rows, group_size = groups.shape
+    block_slots = triton.next_power_of_2(group_size)
+    block_rows = max(COUNT_BLOCK // block_slots, 1)
+    programs = max(min(triton.cdiv(num_rows, block_rows), MAX_PARTIALS), 1)
+    totals = torch.empty((2, programs), dtype=torch.float32, device=groups.device)
+    with launch_device(groups):
+        _count_targets_kernel[(programs,)](
+            groups,
+            slot_weights,
+            totals,
+            num_rows,
+            ignore_index,
+            GROUP_SIZE=group_size,
+            BLOCK_SLOTS=block_slots,
+            BLOCK_ROWS=block_rows,
+        )
+    return totals
+
+
+def launch_loss(
+    logits: Tensor,
+    grad: Tensor | None,
+    groups: Tensor,
+    slot_scale: Tensor | None,
+    totals: Tensor | None,
+    losses: Tensor | None,
+    rows: Tensor,
+    settings: LossSettings,
+    stats: bool,
+) -> None:
+    """Score ``logits [N, V]`` against ``groups [N, K]``.
+
+    Writes ``rows [N, 4]`` (loss, lse and, with ``stats``, accuracy and entropy), the unweighted ``losses [N, K]`` and
+    the gradient ``grad [N, V]`` for an upstream of 1, where those are given. ``grad`` may be ``logits``.
+    """
+    num_rows, vocab_size = logits.shape
+    with launch_device(logits):
+        _loss_kernel[(num_rows,)](
+            logits,
+            grad,
+            groups,
+            slot_scale,
+            totals,
+            losses,
+            rows,
+            logits.stride(0),
+            0 if grad is None else grad.stride(0),
+            vocab_size,
+            settings.ignore_index,
+            settings.label_smoothing,
+            settings.z_loss,
+            settings.softcap,
+            NORMALIZE=settings.normalize,
+            WITH_STATS=stats,
+            **_slot_options(groups.shape[1], totals),
+            **_row_options(vocab_size),
+        )
+
+
+def launch_gradient(
+    logits: Tensor,
+    grad: Tensor,
+    groups: Tensor,
+    slot_scale: Tensor | None,
+    totals: Tensor | None,
+    rows: Tensor,
+    upstream: Tensor,
+    settings: LossSettings,
+    skip_unit: bool,
+) -> None:
+    """Write the gradient of ``logits`` from the lse in ``rows``, for an upstream ``[]`` or ``[N, K]``.
+
+    With ``skip_unit``, ``grad`` holds the gradient for an upstream of 1 already. ``grad`` may be ``logits``.
+    """
+    num_rows, vocab_size = logits.shape
+    block_vocab = min(max(triton.next_power_of_2(vocab_size), 32), GRADIENT_BLOCK)
+    tasks = num_rows * triton.cdiv(vocab_size, block_vocab)
+    with launch_device(logits):
+        _gradient_kernel[(min(tasks, GRADIENT_PROGRAMS * num_multiprocessors(logits)),)](
+            logits,
+            grad,
+            groups,
+            slot_scale,
+            totals,
+            rows,
+            upstream,
+            num_rows,
+            logits.stride(0),
+            grad.stride(0),
+            vocab_size,
+            settings.ignore_index,
+            settings.label_smoothing,
+            settings.z_loss,
+            settings.softcap,
+            NORMALIZE=settings.normalize,
+            PER_TARGET=upstream.ndim > 0,
+            SKIP_UNIT=skip_unit,
+            BLOCK_VOCAB=block_vocab,
+            num_warps=min(max(block_vocab // 512, 1), 8),
+            **_slot_options(groups.shape[1], totals),
+        )
+
+
+def launch_scale(grad: Tensor, upstream: Tensor) -> None:
+    """Multiply ``grad [N, M]`` by a scalar ``upstream`` in place, unless that is 1."""
+    num_rows, row_size = grad.shape
+    block = min(max(triton.next_power_of_2(row_size), 32), GRADIENT_BLOCK)
+    tasks = num_rows * triton.cdiv(row_size, block)
+    with launch_device(grad):
+        _scale_kernel[(min(tasks, GRADIENT_PROGRAMS * num_multiprocessors(grad)),)](
+            grad, upstream, num_rows, grad.stride(0), row_size, BLOCK=block
+        )
