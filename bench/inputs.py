@@ -14,6 +14,7 @@ from reference.tokenizer import load_tokens
 
 SEED = 0
 NUM_REAL_IDS = 512
+LEAD = 6.0  # how far a single target's logit stands above the others'
 
 
 def spread(tokens: Tensor, vocab_size: int, num_ids: int = NUM_REAL_IDS) -> Tensor:
@@ -85,7 +86,7 @@ def make_inputs(workload: Workload, device: torch.device, dtype: torch.dtype) ->
     """Make the tensors of a workload.
 
     Logits are peaky, as a trained model's are: standard deviation 2, and a lead for the targets that shrinks with
-    their number. Flat logits would leave nothing but rounding to compare.
+    their number.
     """
     make_tokens = uniform_tokens if workload.tokens == "uniform" else real_tokens
     tokens = make_tokens(workload.images, workload.grid, workload.vocab_size).to(device)
@@ -94,19 +95,19 @@ def make_inputs(workload: Workload, device: torch.device, dtype: torch.dtype) ->
     upstream: Tensor | None = None
     if workload.operation in LOSSES:
         groups = groups.flatten(0, 1)
-        lead = 6 / workload.patch
         if workload.reduction == "none":
             upstream = torch.rand(groups.shape, generator=torch.Generator().manual_seed(SEED)).to(device)
             upstream /= groups.numel()
     if workload.operation == "patch_cross_entropy":
         logits = normal(workload.rows, workload.vocab_size).mul_(2)
-        logits.scatter_add_(1, groups, torch.full(groups.shape, lead, device=device))
+        # Written, not added: a patch of one id many times over would else be all but certain, and its gradient zero.
+        logits.scatter_(1, groups, logits.gather(1, groups) + LEAD / workload.patch)
         leaves: tuple[Tensor, ...] = (logits.to(dtype),)
     elif workload.operation == "linear_patch_cross_entropy":
         weight = normal(workload.vocab_size, workload.hidden_size) / workload.hidden_size**0.5
         hidden = 2 * normal(workload.rows, workload.hidden_size)
         for slot in range(workload.group_size):
-            hidden += lead * weight[groups[:, slot]]
+            hidden += LEAD / workload.group_size * weight[groups[:, slot]]
         leaves = (hidden.to(dtype), weight.to(dtype))
     else:
         if workload.operation == "group_mean":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -20,7 +21,7 @@ from bench.tables import OURS, PASSES, best, cell, contenders_of, groups_of, sta
 OUR_COLOUR = "#c1272d"
 # Muted, told apart in greys too, and none of them near ours.
 COLOURS = ("#1f4e79", "#4c9f70", "#8c6bb1", "#e08e0b", "#5aa9c9", "#7f7f7f", "#a0522d", "#2f4f4f")
-STYLE = {
+STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -185,6 +186,6 @@ def plot_ratios(results: Results, folder: Path) -> Path:
 
 def plot_all(results: Results, folder: Path) -> list[Path]:
     """Draw everything into a folder; return the files."""
-    with plt.rc_context(STYLE):
+    with plt.rc_context(STYLE):  # type: ignore[arg-type]  # its stubs list every key by name
         overviews = [plot_share_of_limit(results, folder), plot_ratios(results, folder)]
         return overviews + [path for operation in OPERATIONS for path in plot_stages(results, operation, folder)]

@@ -31,7 +31,7 @@ def write_report(results: Results, folder: Path) -> Path:
     parts = ["# Benchmarks of npp_kernels", provenance(results), METHOD, "## Every stage", summary_table(results)]
     parts += [f"![]({path.name})" for path in plots[:2]]
     for operation in OPERATIONS:
-        tables = operation_tables(results, operation)
+        tables = operation_tables(operation, results)
         if not tables:
             continue
         parts.append(f"## {TITLES[operation]}")

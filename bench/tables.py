@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from bench.contenders import CONTENDERS
 from bench.records import Record, Results
@@ -32,7 +33,7 @@ def milliseconds(seconds: float) -> str:
 
 def size(count: float | None) -> str:
     """Write a number of bytes in MiB; a dash where it is not known."""
-    return "–" if count is None else f"{count / 2**20:.1f}"
+    return "-" if count is None else f"{count / 2**20:.1f}"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -80,7 +81,7 @@ def stage_table(records: Sequence[Record], show: Callable[[Record], str]) -> str
     rows = []
     for name, label in contenders_of(records):
         cells = [cell(records, name, patch) for patch in stages]
-        shown = ["–" if record is None else show(record) for record in cells]
+        shown = ["-" if record is None else show(record) for record in cells]
         rows.append([f"**{label}**", *(f"**{text}**" for text in shown)] if name in OURS else [label, *shown])
     return markdown_table(["", *(f"patch {patch}" for patch in stages)], rows)
 
@@ -90,7 +91,7 @@ def ratio_to_best_other(records: Sequence[Record], patch: int) -> str:
     at_stage = [record for record in records if record.patch == patch]
     ours = best(record for record in at_stage if record.contender in OURS)
     other = best(record for record in at_stage if record.contender not in OURS)
-    return "–" if ours is None or other is None else f"{other.median / ours.median:.2f}x ({other.label})"
+    return "-" if ours is None or other is None else f"{other.median / ours.median:.2f}x ({other.label})"
 
 
 def _time_and_spread(record: Record) -> str:
@@ -98,7 +99,7 @@ def _time_and_spread(record: Record) -> str:
     return f"{milliseconds(record.median)} ±{spread / 2:.0%}"
 
 
-def operation_tables(results: Results, operation: str) -> str:
+def operation_tables(operation: str, results: Results) -> str:
     """Return an operation's tables: for each shape, times, shares of the limit, throughput and memory."""
     records = [record for record in results.records if record.operation == operation]
     parts = []
@@ -127,7 +128,7 @@ def small_table(results: Results) -> str:
     small = [record for record in results.records if record.host_bound]
     rows = []
     for record in small:
-        host = "–" if record.host_seconds is None else f"{record.host_seconds * 1e6:.0f}"
+        host = "-" if record.host_seconds is None else f"{record.host_seconds * 1e6:.0f}"
         name = f"`{record.operation}`, {PASSES[record.direction]}, {record.label}"
         rows.append([name, f"{record.median * 1e6:.0f}", host])
     return markdown_table(["one 16x16 image, patch 4, eager", "µs a call", "µs until queued"], rows)
@@ -216,7 +217,7 @@ README_SECTIONS: dict[str, Callable[[Results], str]] = {
     "provenance": provenance,
     "summary": summary_table,
     "small": small_table,
-    **{operation: (lambda results, name=operation: operation_tables(results, name)) for operation in OPERATIONS},
+    **{operation: partial(operation_tables, operation) for operation in OPERATIONS},
 }
 
 
@@ -236,7 +237,7 @@ def fill_sections(text: str, results: Results) -> str:
             raise ValueError(f"results:{name}: expected one of {', '.join(README_SECTIONS)}")
         start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
         before, _, rest = text.partition(start)
-        inside, found, after = rest.partition(end)
+        _, found, after = rest.partition(end)
         if not found:
             raise ValueError(f"results:{name}: expected the marker {end} after it, found none")
         text = f"{before}{start}\n{README_SECTIONS[name](results)}\n{end}{after}"
