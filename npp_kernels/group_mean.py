@@ -19,8 +19,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from npp_kernels._autograd import first_order_only
 from npp_kernels._checks import (
     FLOATING_DTYPES,
     check_floating,
@@ -357,7 +357,7 @@ class _GroupMean(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("group_mean")
     def backward(ctx, grad):
         groups, counts = ctx.saved_tensors
         backward = _launch_backward if runs_kernels(grad) else _torch_backward

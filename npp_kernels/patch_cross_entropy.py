@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from npp_kernels._autograd import first_order_only
 from npp_kernels._checks import check_floating, check_groups, check_id_range, check_same_device, described
 from npp_kernels._dispatch import runs_kernels
 from npp_kernels._loss_kernels import LossSettings, count_targets, launch_gradient, launch_loss, launch_scale
@@ -260,7 +260,7 @@ class _PatchCrossEntropy(torch.autograd.Function):
         return (rows[:, 0].sum() if losses is None else losses), rows
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("patch_cross_entropy")
     def backward(ctx, upstream, _):
         logits, groups, slot_scale, totals, rows, grad = ctx.saved_tensors
         if ctx.inplace and ctx.ran:

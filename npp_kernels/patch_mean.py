@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from npp_kernels._autograd import first_order_only
 from npp_kernels._checks import check_floating
 from npp_kernels._dispatch import launch_device, runs_kernels
 from npp_kernels.grouping import MAX_GRID_RANK, Patch, resolve_grid, resolve_patch
@@ -127,7 +127,7 @@ class _PatchMean(torch.autograd.Function):
         return boxes.mean(axes, dtype=wide).to(embeddings.dtype).view(num_patches, -1)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("patch_mean")
     def backward(ctx, grad):
         num_tokens = grad.shape[0] * math.prod(ctx.patch)
         grad_embeddings = grad.new_empty((num_tokens, grad.shape[1]))

@@ -1,0 +1,148 @@
+"""The functions as `torch.nn` modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from npp_kernels.group_mean import group_mean
+from npp_kernels.linear_patch_cross_entropy import linear_patch_cross_entropy
+from npp_kernels.patch_cross_entropy import PatchLossStats, patch_cross_entropy
+
+
+class PatchEmbedding(nn.Embedding):
+    """A `torch.nn.Embedding` whose forward takes groups of ids and averages each: ``[..., K] -> [..., D]``.
+
+    >>> import torch, npp_kernels
+    >>> embedding = npp_kernels.PatchEmbedding(1024, 64)
+    >>> tokens = torch.randint(1024, (2, 16, 16))
+    >>> embedding(npp_kernels.group_tokens(tokens, 4)).shape
+    torch.Size([2, 16, 64])
+    >>> list(embedding.state_dict())
+    ['weight']
+
+    Arguments and state dict are those of `torch.nn.Embedding`; see `group_mean` for shapes, numerics and errors. Ids
+    equal to ``padding_idx`` are left out of the mean, and its row gets no gradient.
+
+    Raises:
+        ValueError: an option of `torch.nn.Embedding` that the kernel does not have: ``max_norm``,
+            ``scale_grad_by_freq`` or ``sparse``.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, **options) -> None:
+        for name in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if options.get(name):
+                raise ValueError(f"{name}: expected {name} to be off, since the kernel has no such option, "
+                                 f"got {options[name]!r}")  # fmt: skip
+        super().__init__(num_embeddings, embedding_dim, padding_idx, **options)
+
+    def forward(self, groups: Tensor) -> Tensor:
+        """Return the mean embedding of each group: ``[..., K] -> [..., D]``."""
+        return group_mean(self.weight, groups, ignore_index=self.padding_idx)
+
+
+class PatchCrossEntropyLoss(nn.Module):
+    """`patch_cross_entropy` as a module; its options are set once.
+
+    >>> import torch, npp_kernels
+    >>> criterion = npp_kernels.PatchCrossEntropyLoss(label_smoothing=0.1)
+    >>> logits, groups = torch.randn(2, 16, 1024), torch.randint(1024, (2, 16, 4))
+    >>> criterion(logits, groups).shape
+    torch.Size([])
+
+    Args:
+        slot_weights: K weights, kept in the state dict's stead as a buffer that is not saved; ones where None.
+        ignore_index: see `patch_cross_entropy`, as for all other options.
+        normalize: ``"target"``, ``"row"`` or ``"slot"``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        label_smoothing: in [0, 1].
+        z_loss: λ of ``λ · lse²``.
+        softcap: s of ``s · tanh(z / s)``.
+        inplace_backward: let the gradient overwrite the logits.
+        return_stats: also return `PatchLossStats`.
+    """
+
+    slot_weights: Tensor | None
+
+    def __init__(
+        self,
+        slot_weights: Sequence[float] | Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        normalize: str = "target",
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        inplace_backward: bool = False,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__()
+        weights = None if slot_weights is None else torch.as_tensor(slot_weights, dtype=torch.float32)
+        self.register_buffer("slot_weights", weights, persistent=False)
+        self.options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "normalize": normalize,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "inplace_backward": inplace_backward,
+            "return_stats": return_stats,
+        }
+
+    def extra_repr(self) -> str:
+        """Return the options for the module's repr."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+    def forward(
+        self, logits: Tensor, groups: Tensor, *, num_targets: float | Tensor | None = None
+    ) -> Tensor | tuple[Tensor, PatchLossStats]:
+        """Return the loss of ``logits [..., V]`` against ``groups [..., K]``."""
+        return patch_cross_entropy(
+            logits, groups, slot_weights=self.slot_weights, num_targets=num_targets, **self.options
+        )
+
+
+class LinearPatchCrossEntropyLoss(PatchCrossEntropyLoss):
+    """`linear_patch_cross_entropy` as a module; it holds no weight, which stays with the model's output layer.
+
+    >>> import torch, npp_kernels
+    >>> criterion = npp_kernels.LinearPatchCrossEntropyLoss()
+    >>> head = torch.nn.Linear(64, 1024, bias=False)
+    >>> hidden, groups = torch.randn(2, 16, 64), torch.randint(1024, (2, 16, 4))
+    >>> criterion(hidden, head.weight, groups).shape
+    torch.Size([])
+
+    Args:
+        slot_weights: K weights; ones where None.
+        chunk_rows: at most so many rows of logits exist at a time; chosen by V where None.
+        options: those of `PatchCrossEntropyLoss`.
+    """
+
+    def __init__(
+        self,
+        slot_weights: Sequence[float] | Tensor | None = None,
+        *,
+        chunk_rows: int | None = None,
+        **options,
+    ) -> None:
+        super().__init__(slot_weights, **options)
+        self.options["chunk_rows"] = chunk_rows
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        groups: Tensor,
+        *,
+        bias: Tensor | None = None,
+        num_targets: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, PatchLossStats]:
+        """Return the loss of ``hidden [..., D]`` times ``weight [V, D]`` against ``groups [..., K]``."""
+        return linear_patch_cross_entropy(
+            hidden, weight, groups, bias=bias, slot_weights=self.slot_weights, num_targets=num_targets, **self.options
+        )
