@@ -20,9 +20,11 @@ WARM_UP_RUNS = 3
 # queue a forward and backward in eager mode.
 FLUSH_L2_MULTIPLE = 16
 
-# Back-to-back timing of small workloads: rounds, and calls in each (fewer than the launches a GPU lets queue up).
+# Back-to-back timing of small workloads: rounds, and calls in each: at most so many that a GPU lets all their launches
+# queue up, and fewer where they are slow.
 HOST_ROUNDS = 15
-HOST_CALLS = 50
+MAX_HOST_CALLS = 50
+HOST_ROUND_SECONDS = 0.05
 
 
 def _nothing() -> None:
@@ -131,21 +133,22 @@ def run_back_to_back(clock: Clock, candidates: Sequence[Candidate]) -> tuple[lis
     """
     wall: list[list[float]] = [[] for _ in candidates]
     host: list[list[float]] = [[] for _ in candidates]
+    calls = []
     for candidate in candidates:
-        for _ in range(WARM_UP_RUNS):
-            candidate.run()
+        estimate = statistics.median(clock.time(candidate) for _ in range(WARM_UP_RUNS))
+        calls.append(min(max(int(HOST_ROUND_SECONDS / max(estimate, 1e-9)), 1), MAX_HOST_CALLS))
     gc.collect()
     gc.disable()
     try:
         for index in turns([HOST_ROUNDS] * len(candidates)):
             clock.synchronize()
             start = time.perf_counter()
-            for _ in range(HOST_CALLS):
+            for _ in range(calls[index]):
                 candidates[index].run()
             queued = time.perf_counter()
             clock.synchronize()
-            wall[index].append((time.perf_counter() - start) / HOST_CALLS)
-            host[index].append((queued - start) / HOST_CALLS)
+            wall[index].append((time.perf_counter() - start) / calls[index])
+            host[index].append((queued - start) / calls[index])
     finally:
         gc.enable()
     return wall, [statistics.median(times) for times in host]

@@ -72,8 +72,10 @@ class ProgressBar:
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         """Leave out pytest's own mark of a test; its summary at the end keeps its words."""
+        if report.when != "call" and not report.failed:
+            return "", "", ""
         category = "xfailed" if hasattr(report, "wasxfail") else report.outcome
-        return (category if report.when == "call" or report.failed else "", "", "")
+        return category, "", category.upper()
 
     def pytest_sessionfinish(self) -> None:
         """Close the bar."""

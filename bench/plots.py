@@ -13,6 +13,7 @@ matplotlib.use("Agg")  # files only; no window is ever opened
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.records import Record, Results
 from bench.shapes import OPERATIONS
@@ -26,10 +27,12 @@ STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.grid.axis": "y",
+    "axes.axisbelow": True,
     "grid.color": "#dddddd",
     "axes.titlesize": 10,
     "font.size": 9,
     "figure.dpi": 150,
+    "figure.constrained_layout.use": True,
 }
 LABEL_GAP = 0.055  # of the axis' height: the least distance of two labels
 
@@ -75,13 +78,16 @@ def _stage_lines(axes: Axes, records: Sequence[Record], value: Callable[[Record]
     axes.set_xlabel("patch, coarse to fine")
     axes.set_xlim(-0.15, len(stages) - 1 + 0.15)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     _label_ends(axes, ends)
 
 
 def _caption(figure: Figure, results: Results, text: str) -> None:
     versions = results.machine["versions"]
     made = f"{results.machine['device']}, torch {versions['torch']}, triton {versions['triton']}, {results.date[:10]}"
-    figure.text(0.01, 0.005, f"{text}\n{made}", fontsize=7.5, color="#555555", va="bottom")
+    figure.text(0.01, -0.02, f"{text}\n{made}", fontsize=7.5, color="#555555", va="top")
 
 
 def _save(figure: Figure, path: Path) -> Path:
@@ -99,14 +105,13 @@ def plot_stages(results: Results, operation: str, folder: Path) -> list[Path]:
             continue
         with_memory = any(record.peak_bytes is not None for record in chosen)
         figure, panels = plt.subplots(1, 1 + with_memory, figsize=(6.2 * (1 + with_memory), 4.0), squeeze=False)
-        figure.subplots_adjust(wspace=0.55, bottom=0.2)
         _stage_lines(panels[0, 0], chosen, lambda record: record.images_per_second)
         panels[0, 0].set_title("Throughput, images/s (higher is better)", loc="left")
         if with_memory:
             _stage_lines(panels[0, 1], chosen, lambda record: record.peak_bytes and record.peak_bytes / 2**20)
             panels[0, 1].set_title("Peak extra memory, MiB (lower is better)", loc="left")
         shape = f"{model}, {grid} tokens" + (f", {tokens}" if tokens != "none" else "")
-        figure.suptitle(f"{operation}, {PASSES[direction]}: {shape}", x=0.08, ha="left", fontsize=11)
+        figure.suptitle(f"{operation}, {PASSES[direction]}: {shape}", x=0.01, ha="left", fontsize=11)
         _caption(
             figure, results, f"{chosen[0].dtype}, {chosen[0].images} images; medians; dashed: compiled or in place"
         )
@@ -131,7 +136,6 @@ def plot_share_of_limit(results: Results, folder: Path) -> Path:
     columns = min(max(len(panels), 1), 4)
     rows = max(-(-len(panels) // columns), 1)
     figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.9 * rows), squeeze=False, sharey=True)
-    figure.subplots_adjust(hspace=0.65, bottom=0.12 + 0.1 / rows, top=1 - 0.2 / rows)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, records) in zip(axes.flat, panels, strict=False):
@@ -143,12 +147,15 @@ def plot_share_of_limit(results: Results, folder: Path) -> Path:
                     continue
                 axis.bar(index + offset, found.share_of_limit, 0.38, color=colour)
                 height = found.share_of_limit + 0.02
-                axis.text(index + offset, height, f"{found.share_of_limit:.2f}", ha="center", fontsize=7, color=colour)
+                shown = f"{found.share_of_limit:.2f}"
+                axis.text(index + 1.15 * offset, height, shown, ha="center", fontsize=6.5, color="#333333")
         axis.set_xticks(range(len(stages)), [f"{patch}x{patch}" for patch in stages])
         axis.axhline(1, color="#444444", linewidth=0.8)
         axis.set_title(title, loc="left")
     axes[0, 0].set_ylabel("share of the measured limit")
-    figure.suptitle("Share of the limit, forward + backward: npp_kernels (red), best other (grey)", x=0.1, ha="left")
+    figure.suptitle(
+        "Share of the limit, forward + backward: npp_kernels (red), best other (grey)", x=0.01, ha="left", fontsize=11
+    )
     _caption(figure, results, "limit: bytes that must move at the measured rates, or the matrix products alone")
     return _save(figure, folder / "share-of-limit.png")
 
@@ -159,7 +166,6 @@ def plot_ratios(results: Results, folder: Path) -> Path:
     columns = min(max(len(panels), 1), 2)
     rows = max(-(-len(panels) // columns), 1)
     figure, axes = plt.subplots(rows, columns, figsize=(6.4 * columns, 3.2 * rows), squeeze=False)
-    figure.subplots_adjust(hspace=0.5, wspace=0.6, bottom=0.06 + 0.1 / rows)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, records) in zip(axes.flat, panels, strict=False):
@@ -179,7 +185,9 @@ def plot_ratios(results: Results, folder: Path) -> Path:
         axis.axhline(1, color=OUR_COLOUR, linewidth=2)
         axis.set_title(title.replace("\n", ": "), loc="left")
         axis.set_ylabel("time / our time")
-    figure.suptitle("Ratio to each other contender, forward + backward (red line: npp_kernels)", x=0.1, ha="left")
+    figure.suptitle(
+        "Ratio to each other contender, forward + backward (red line: npp_kernels)", x=0.01, ha="left", fontsize=11
+    )
     _caption(figure, results, "our faster form where there are two; dashed: compiled or in place")
     return _save(figure, folder / "ratios.png")
 
