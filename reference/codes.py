@@ -74,8 +74,10 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
         num_variants: variants of each image.
         plain_variant: the variant without augmentation.
         seed: of the draw of variants.
-        tokenizer: turns tokens into pixels, where the tokens came from a k-means tokenizer.
     """
+
+    # The images before they were tokenized, where they are at hand: uint8 [num_images, height, width] (, 3).
+    images: NDArray[np.uint8] | None = None
 
     def __init__(
         self,
@@ -86,7 +88,6 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
         num_variants: int,
         plain_variant: int,
         seed: int,
-        tokenizer: Tokenizer | None,
     ):
         self.grid = grid
         self.vocab_size = vocab_size
@@ -94,7 +95,6 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
         self.num_variants = num_variants
         self.plain_variant = plain_variant
         self.seed = seed
-        self.tokenizer = tokenizer
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -136,7 +136,8 @@ class ArrayDataset(TokenDataset):
     Args:
         tokens: unsigned ``[num_images, num_variants, H, W]``, the plain image first.
         labels: unsigned ``[num_images]``.
-        vocab_size, num_classes, seed, tokenizer: as for `TokenDataset`.
+        vocab_size, num_classes, seed: as for `TokenDataset`.
+        images: the images before they were tokenized, where they are at hand.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class ArrayDataset(TokenDataset):
         vocab_size: int,
         num_classes: int,
         seed: int = 0,
-        tokenizer: Tokenizer | None = None,
+        images: NDArray[np.uint8] | None = None,
     ):
         if tokens.ndim != 4 or labels.shape != tokens.shape[:1]:
             raise ValueError(
@@ -161,10 +162,10 @@ class ArrayDataset(TokenDataset):
             num_variants=tokens.shape[1],
             plain_variant=0,
             seed=seed,
-            tokenizer=tokenizer,
         )
         self.tokens = tokens
         self.labels = labels
+        self.images = images
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -204,7 +205,6 @@ class CodeDirectory(TokenDataset):
             num_variants=int(self.starts[-1]),
             plain_variant=TEN_CROP_CENTRE if shapes[0][1] == len(VARIANTS) else 0,
             seed=seed,
-            tokenizer=None,
         )
 
     def __len__(self) -> int:
@@ -267,16 +267,33 @@ def load_dataset(spec: str, split: str, *, seed: int = 0, cache: str | Path = CA
     """
     if split not in SPLITS:
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
-    kind, _, place_named = spec.partition(":")
+    kind, _, where = spec.partition(":")
     if spec == "embedded":
         return _embedded(split, seed)
     if kind == "fashion_mnist":
-        return _fashion_mnist(Path(place_named or FASHION_MNIST), split, seed, Path(cache))
-    if kind == "codes" and place_named:
-        return _codes(place_named, split, seed)
-    if kind == "npz" and place_named:
-        return _npz(Path(place_named), split, seed)
+        return _fashion_mnist(Path(where or FASHION_MNIST), split, seed, Path(cache))
+    if kind == "codes" and where:
+        return _codes(where, split, seed)
+    if kind == "npz" and where:
+        return _npz(Path(where), split, seed)
     raise ValueError(f"spec: expected embedded, fashion_mnist[:DIR], codes:DIR or npz:FILE, got {spec!r}")
+
+
+def load_tokenizer(spec: str) -> Tokenizer | None:
+    """Load what turns the tokens of a data set into pixels; None where that is a network of the user's own.
+
+    It needs neither the images nor their tokens, so that samples can be decoded where there is no data.
+
+    Args:
+        spec: as for `load_dataset`.
+    """
+    kind, _, where = spec.partition(":")
+    if kind in ("embedded", "fashion_mnist"):
+        return Tokenizer(load_tokens().centroids)
+    if kind == "npz":
+        with np.load(where) as data:
+            return Tokenizer(data["centroids"]) if "centroids" in data.files else None
+    return None
 
 
 def _held_out(number: int, every: int, split: str) -> NDArray[np.int64]:
@@ -295,7 +312,6 @@ def _embedded(split: str, seed: int) -> ArrayDataset:
         vocab_size=len(data.centroids),
         num_classes=NUM_CLASSES,
         seed=seed,
-        tokenizer=Tokenizer(data.centroids),
     )
 
 
@@ -303,11 +319,12 @@ def _fashion_mnist(directory: Path, split: str, seed: int, cache: Path) -> Array
     images, labels = load_fashion_mnist(split, directory)
     tokenizer = Tokenizer(load_tokens().centroids)
     if split == "train":
-        tokens = _cached_variants(images, tokenizer, cache)
+        tokens, plain = _cached_variants(images, tokenizer, cache), None
     else:
-        tokens = tokenizer.encode(place(images))[:, None]
+        plain = place(images)
+        tokens = tokenizer.encode(plain)[:, None]
     return ArrayDataset(
-        tokens, labels, vocab_size=len(tokenizer.centroids), num_classes=NUM_CLASSES, seed=seed, tokenizer=tokenizer
+        tokens, labels, vocab_size=len(tokenizer.centroids), num_classes=NUM_CLASSES, seed=seed, images=plain
     )
 
 
@@ -353,13 +370,13 @@ def _npz(path: Path, split: str, seed: int) -> ArrayDataset:
             raise ValueError(f"{path}: expected the arrays {sorted(needed)}, {sorted(missing)} missing")
         tokens = {name: data[name] for name in SPLITS}
         labels = {name: data[f"{name}_labels"] for name in SPLITS}
-        tokenizer = Tokenizer(data["centroids"]) if "centroids" in data.files else None
-    largest = max(int(tokens[name].max()) for name in SPLITS)
+        vocab_size = (
+            len(data["centroids"]) if "centroids" in data.files else max(int(a.max()) for a in tokens.values()) + 1
+        )
     return ArrayDataset(
         tokens[split][:, None],
         labels[split],
-        vocab_size=largest + 1 if tokenizer is None else len(tokenizer.centroids),
-        num_classes=max(int(labels[name].max()) for name in SPLITS) + 1,
+        vocab_size=vocab_size,
+        num_classes=max(int(array.max()) for array in labels.values()) + 1,
         seed=seed,
-        tokenizer=tokenizer,
     )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from reference.codes import VARIANTS, ArrayDataset, load_dataset
+from reference.codes import VARIANTS, ArrayDataset, load_dataset, load_tokenizer
 from reference.tokenizer import load_fashion_mnist, place
 from tests.synthetic import write_fashion_mnist
 
@@ -48,7 +48,7 @@ def test_an_item_is_a_grid_of_int64_and_a_label():
     assert tokens.dtype == torch.int64
     assert tokens.shape == data.grid == (16, 16)
     assert isinstance(label, int)
-    assert (data.vocab_size, data.num_classes, data.tokenizer.channels) == (512, 10, 1)
+    assert (data.vocab_size, data.num_classes) == (512, 10)
     batch = next(iter(DataLoader(data, batch_size=4)))
     assert torch.equal(batch[0][3], tokens)
     assert batch[1][3] == label
@@ -60,13 +60,16 @@ def test_fashion_mnist_variants(tmp_path):
     write_fashion_mnist(tmp_path)
     train = load_dataset(f"fashion_mnist:{tmp_path}", "train", cache=tmp_path / "cache")
     images, labels = load_fashion_mnist("train", tmp_path)
+    tokenizer = load_tokenizer(f"fashion_mnist:{tmp_path}")
     assert train.num_variants == len(VARIANTS) == 10
     for variant, (down, right, flip) in enumerate(VARIANTS):
-        expected = train.tokenizer.encode(place(images, down=down, right=right, flip=flip))
+        expected = tokenizer.encode(place(images, down=down, right=right, flip=flip))
         assert np.array_equal(train.read(np.arange(30), np.full(30, variant))[0], expected)
-    assert np.array_equal(train.batch(range(30))[0].numpy(), train.tokenizer.encode(place(images)))
+    assert np.array_equal(train.batch(range(30))[0].numpy(), tokenizer.encode(place(images)))
     assert train.batch(range(30))[1].tolist() == labels.tolist()
     test = load_dataset(f"fashion_mnist:{tmp_path}", "test", cache=tmp_path / "cache")
+    assert np.array_equal(test.batch(range(10))[0].numpy(), tokenizer.encode(test.images))
+    assert np.array_equal(test.images, place(load_fashion_mnist("test", tmp_path)[0]))
     assert test.num_variants == 1
     assert len(test) == 10
 
@@ -136,10 +139,11 @@ def test_npz(tmp_path):
     arrays = write_npz(path)
     test = load_dataset(f"npz:{path}", "test")
     assert (test.vocab_size, test.num_classes, test.grid, len(test)) == (32, 3, (4, 4), 5)
-    assert test.tokenizer.channels == 3
+    assert np.array_equal(load_tokenizer(f"npz:{path}").centroids, arrays["centroids"])
     assert test[2][0].tolist() == arrays["test"][2].tolist()
     write_npz(path, centroids=None)
     assert load_dataset(f"npz:{path}", "train").vocab_size == 30
+    assert load_tokenizer(f"npz:{path}") is None
     write_npz(path, test_labels=None)
     with pytest.raises(ValueError, match=r"\['test_labels'\] missing"):
         load_dataset(f"npz:{path}", "train")
@@ -174,6 +178,11 @@ def test_variants_are_drawn_evenly():
     # an image is not stuck with one variant, nor does it walk through them in step with its neighbours
     of_epochs = np.stack([data.variants(np.arange(2000), epoch) for epoch in range(2)])
     assert 0.05 < (of_epochs[0] == of_epochs[1]).mean() < 0.15
+
+
+def test_tokenizers_need_no_data():
+    assert load_tokenizer("fashion_mnist:nowhere").channels == load_tokenizer("embedded").channels == 1
+    assert load_tokenizer("codes:nowhere") is None
 
 
 def test_unknown_names():
