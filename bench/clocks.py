@@ -69,8 +69,8 @@ class CudaClock:
 class CpuClock:
     """Times runs on the CPU with the host's clock."""
 
-    budget_seconds = 1.0
-    min_rounds, max_rounds = 3, 15
+    budget_seconds = 0.5
+    min_rounds, max_rounds = 3, 11
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

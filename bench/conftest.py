@@ -91,7 +91,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    """Add who was absent and who was refused."""
+    """Add who was absent and who was refused; a workload goes by its name, since its record says the rest."""
+    for entry in output_json["benchmarks"]:
+        entry["params"] = {key: getattr(value, "name", value) for key, value in entry["params"].items()}
     session = config.stash.get(SESSION, None)
     output_json["absent"] = absent_packages()
     output_json["refusals"] = [vars(refusal) for refusal in session.refusals] if session else []

@@ -19,7 +19,7 @@ from einops import reduce
 from torch import Tensor
 
 import npp_kernels
-from bench.shapes import Workload
+from bench.shapes import DIRECTIONS, Workload
 
 Function = Callable[..., Any]
 
@@ -37,7 +37,8 @@ class Contender:
     compiled: bool = False
     needs_cuda: bool = False
     overwrites: bool = False  # its backward writes over the logits, which are restored before each run
-    returns_gradients: bool = False  # gives (output, gradients) at once and has no forward of its own
+    returns_gradients: bool = False  # gives (output, gradients) at once, with no help from autograd
+    directions: tuple[str, ...] = DIRECTIONS  # a form that differs in its backward alone takes part in that alone
     single_target: bool = False  # knows K = 1 only
     reductions: tuple[str, ...] = ("mean", "none")
 
@@ -55,9 +56,8 @@ class Contender:
             and (device_type == "cuda" or not self.needs_cuda)
             and workload.reduction in self.reductions
             and not (self.single_target and workload.group_size > 1)
-            # Overwriting is the backward's, and cannot be undone between calls that run back to back.
-            and not ((self.overwrites or self.returns_gradients) and direction == "forward")
-            and not (self.overwrites and workload.host_bound)
+            and direction in self.directions
+            and not (self.overwrites and workload.host_bound)  # calls back to back leave no time to restore
         )
 
 
@@ -287,6 +287,7 @@ CONTENDERS = (
         "npp_kernels, in place",
         partial(_ours_loss, inplace_backward=True),
         overwrites=True,
+        directions=("forward_backward",),
     ),
     Contender(_LOSS, "official_eager", "official (repeat)", partial(_torch_loss, _official_loss)),
     Contender(_LOSS, "official_compiled", "official, compiled", partial(_torch_loss, _official_loss), compiled=True),
@@ -301,6 +302,7 @@ CONTENDERS = (
         package="liger_kernel",
         needs_cuda=True,
         overwrites=True,
+        directions=("forward_backward",),
         returns_gradients=True,
         single_target=True,
         reductions=("mean",),
@@ -321,6 +323,7 @@ CONTENDERS = (
         package="quack",
         needs_cuda=True,
         overwrites=True,
+        directions=("forward_backward",),
         single_target=True,
     ),
     Contender(_LINEAR, "ours", "npp_kernels", _ours_linear),

@@ -267,6 +267,16 @@ def test_selections_name_each_workload_once_and_reach_every_operation(matrix, de
         assert any(w.host_bound for w in workloads if w.operation == operation)
 
 
+def test_contenders_take_part_where_they_can():
+    def names(workload, direction, device):
+        return {c.name for c in CONTENDERS if c.takes_part(workload, direction, device)}
+
+    loss = replace(LOSS, left_out=("honest_compiled", "official_compiled"))
+    assert names(loss, "forward", "cpu") == {"ours", "official_eager", "honest_eager"}
+    assert names(loss, "forward_backward", "cpu") == {"ours", "ours_in_place", "official_eager", "honest_eager"}
+    assert "ours_in_place" not in names(replace(loss, host_bound=True), "forward_backward", "cpu")
+
+
 # --- pages ---
 
 
