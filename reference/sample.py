@@ -1,0 +1,338 @@
+"""Sample images from a trained `Transformer`, token by token: the inference that patch training leaves unchanged.
+
+    python -m reference.sample --checkpoint runs/first/last.pt --out grid.png --classes 0 1 2 3 --guidance 2.0
+
+writes a grid of samples, one row per class; ``--codes FILE.npy`` also keeps the tokens. For ImageNet,
+
+    python -m reference.sample --checkpoint c2i_B_256.pt --per-class 50 --decoder vq16:decode --adm samples.npz
+
+writes what the standard evaluator of FID (openai/guided-diffusion, ``evaluations/evaluator.py``) reads: ``arr_0``,
+uint8 ``[N, height, width, 3]``. ``vq16:decode`` names a function ``decode`` in a module ``vq16`` of your own, which runs
+the tokenizer's decoder: int64 tokens ``[B, H, W]`` on the model's device in, floats ``[B, 3, height, width]`` in -1 to
+1 out. Classes take turns, since the evaluator computes the Inception Score on stretches of 5,000 images.
+
+One step reads a key-value cache of fixed size, draws all ids on the device and moves the position on by itself. On a
+GPU it is captured once as a CUDA graph and replayed for every token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pkgutil
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from reference.checkpoint import load_latest, load_model
+from reference.codes import load_tokenizer
+from reference.model import KeyValueCache, Transformer
+
+TILE_SIZE = 64  # pixels of a sample in the grid, at least
+TILE_GAP = 4
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WARM_UP_STEPS = 3  # before a capture: libraries set themselves up, torch.compile compiles
+
+
+def filter_logits(logits: Tensor, *, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
+    """Set the logits of unlikely ids to -inf: ``[..., V] -> [..., V]``.
+
+    >>> import torch
+    >>> logits = torch.tensor([0.5, 0.2, 0.2, 0.1]).log()
+    >>> filter_logits(logits, top_p=0.6).exp()  # the fewest ids that make up 0.6
+    tensor([0.5000, 0.2000, 0.0000, 0.0000])
+
+    Args:
+        logits: ``[..., V]``.
+        top_k: keep the k largest (and what equals the last of them).
+        top_p: then keep the fewest ids, the likeliest first, whose probabilities sum to at least this.
+    """
+    if top_k is not None:
+        smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest_kept, -math.inf)
+    if top_p < 1:
+        ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        logits = torch.empty_like(logits).scatter_(-1, ids, ordered.masked_fill(before >= top_p, -math.inf))
+    return logits
+
+
+def draw(logits: Tensor, noise: Tensor) -> Tensor:
+    """Draw one id per row, with its softmax probability: ``[..., V] -> [...]``.
+
+    Args:
+        logits: fp32 ``[..., V]``.
+        noise: of the same shape, from the exponential distribution of rate 1.
+
+    The arg max of p/noise has distribution p; unlike `torch.multinomial` it needs no look at the values by the host.
+    """
+    return (logits.softmax(-1) / noise.clamp(min=torch.finfo(noise.dtype).tiny)).argmax(-1)
+
+
+class Sampler:
+    """Samples batches of one size from one model, with one set of options.
+
+    >>> from reference.model import ModelConfig
+    >>> model = Transformer(ModelConfig.named("tiny", vocab_size=512, grid=(4, 4), num_classes=10))
+    >>> sampler = Sampler(model, batch_size=2, guidance=2.0, top_k=100)
+    >>> sampler(torch.tensor([3, 7, 7]), torch.Generator().manual_seed(0)).shape
+    torch.Size([3, 4, 4])
+
+    Args:
+        model: its parameters' device and dtype are those of the decoding; dropout is off while it samples.
+        batch_size: images at a time.
+        guidance: scale of classifier-free guidance, ``uncond + guidance · (cond − uncond)``; at 1 the unconditional
+            half is not computed.
+        temperature: divides the logits.
+        top_k, top_p: as for `filter_logits`.
+        compile: run the model's step through `torch.compile`.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        batch_size: int,
+        guidance: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        compile: bool = False,
+    ):
+        for name, value, is_good, expected in (
+            ("batch_size", batch_size, batch_size >= 1, "at least 1"),
+            ("guidance", guidance, guidance >= 0, "at least 0"),
+            ("temperature", temperature, temperature > 0, "above 0"),
+            ("top_k", top_k, top_k is None or top_k >= 1, "None or at least 1"),
+            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not is_good:
+                raise ValueError(f"{name}: expected {expected}, got {value}")
+        self.model = model
+        self.batch_size = batch_size
+        self.guidance = guidance
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.decode = torch.compile(model.decode, fullgraph=True, dynamic=False) if compile else model.decode
+
+        # Everything a step reads or writes stays where it is: the graph keeps addresses, not values.
+        weight = model.output.weight
+        rows = batch_size if guidance == 1 else 2 * batch_size
+        config = model.config
+        self.cache: KeyValueCache = model.make_cache(rows, weight.dtype, weight.device)
+        self.ids = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        self.position = torch.zeros((), dtype=torch.int64, device=weight.device)
+        self.noise = torch.ones(batch_size, config.vocab_size, device=weight.device)
+        self.tokens = torch.zeros(batch_size, math.prod(config.grid), dtype=torch.int64, device=weight.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def __call__(self, labels: Tensor, generator: torch.Generator, *, progress: bool = False) -> Tensor:
+        """Sample one image per label: ``labels [N] -> tokens [N, H, W]``, int64.
+
+        The same labels, generator state, options and machine give the same images.
+        """
+        if labels.numel() and not 0 <= labels.min() <= labels.max() < self.model.config.num_classes:
+            raise ValueError(
+                f"labels: expected 0 to {self.model.config.num_classes - 1}, got {labels.min()} to {labels.max()}"
+            )
+        batches = labels.to(self.ids.device).split(self.batch_size)
+        was_training = self.model.training
+        self.model.eval()
+        with tqdm(total=len(batches) * self.tokens.shape[1], unit="token", disable=not progress) as bar:
+            samples = [self._sample_batch(batch, generator, bar) for batch in batches]
+        self.model.train(was_training)
+        return torch.cat(samples).unflatten(1, self.model.config.grid)
+
+    def _sample_batch(self, labels: Tensor, generator: torch.Generator, bar: tqdm) -> Tensor:
+        if self.ids.is_cuda and self.graph is None:
+            self.graph = self._capture()
+        advance = self._step if self.graph is None else self.graph.replay
+        number = len(labels)
+        full = F.pad(labels, (0, self.batch_size - number))  # the last batch may be short
+        unconditional = torch.full_like(full, self.model.config.num_classes)
+        self.position.zero_()
+        self.noise.exponential_(generator=generator)
+        logits = self.model.decode(
+            None, full if self.guidance == 1 else torch.cat((full, unconditional)), self.position, self.cache
+        )
+        self._choose(logits)
+        bar.update()
+        for _ in range(self.tokens.shape[1] - 1):
+            self.noise.exponential_(generator=generator)
+            advance()
+            bar.update()
+        return self.tokens[:number].clone()
+
+    def _step(self) -> None:
+        """Feed the last ids, choose the next ones."""
+        ids = self.ids if self.guidance == 1 else self.ids.repeat(2)
+        self._choose(self.decode(ids, None, self.position, self.cache))
+
+    def _choose(self, logits: Tensor) -> None:
+        """Choose the next ids from the logits, keep them, and move on."""
+        if self.guidance != 1:
+            conditional, unconditional = logits.chunk(2)
+            logits = unconditional + self.guidance * (conditional - unconditional)
+        logits = filter_logits(logits / self.temperature, top_k=self.top_k, top_p=self.top_p)
+        self.ids.copy_(draw(logits, self.noise))
+        self.tokens.index_copy_(1, self.position.view(1), self.ids.unsqueeze(1))
+        self.position.add_(1)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Capture one step; what the trial steps left behind is overwritten by the first batch."""
+        self.position.zero_()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(min(WARM_UP_STEPS, self.tokens.shape[1])):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.position.zero_()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        return graph
+
+
+@torch.no_grad()
+def decode_with(decoder: Callable[[Tensor], Tensor], tokens: Tensor, batch_size: int) -> NDArray[np.uint8]:
+    """Turn tokens ``[N, H, W]`` into uint8 images ``[N, height, width, 3]`` with a decoder network.
+
+    Args:
+        decoder: int64 ``[B, H, W]`` to floats ``[B, 3, height, width]`` in -1 to 1.
+        tokens: on the decoder's device.
+        batch_size: images at a time.
+    """
+    images = np.empty(0, dtype=np.uint8)
+    for start in tqdm(range(0, len(tokens), batch_size), desc="decoding", unit="batch"):
+        pixels = decoder(tokens[start : start + batch_size]).float()
+        batch = (pixels * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        if start == 0:  # 50,000 images of 256×256 take 10 GB: no room for a list and its concatenation
+            images = np.empty((len(tokens), *batch.shape[1:]), dtype=np.uint8)
+        images[start : start + len(batch)] = batch
+    return images
+
+
+def save_adm(path: str | Path, images: NDArray[np.uint8]) -> None:
+    """Save images as the evaluator of FID reads them: ``arr_0``, uint8 ``[N, height, width, 3]``."""
+    colour = images if images.ndim == 4 else np.repeat(images[..., None], 3, axis=-1)
+    with Path(path).open("wb") as file:  # given a name, NumPy would append its own suffix
+        np.savez(file, colour)
+
+
+def save_grid(path: str | Path, images: NDArray[np.uint8], columns: int) -> None:
+    """Save images ``[N, height, width]`` or ``[N, height, width, 3]`` as one PNG, row by row."""
+    zoom = max(1, TILE_SIZE // images.shape[1])
+    tiles = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    height, width = tiles.shape[1] + TILE_GAP, tiles.shape[2] + TILE_GAP
+    rows = math.ceil(len(tiles) / columns)
+    canvas = np.full((rows * height + TILE_GAP, columns * width + TILE_GAP, *tiles.shape[3:]), 255, dtype=np.uint8)
+    for index, tile in enumerate(tiles):
+        top, left = TILE_GAP + index // columns * height, TILE_GAP + index % columns * width
+        canvas[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    Image.fromarray(canvas).save(path)
+
+
+def run_settings(checkpoint: str | Path) -> dict[str, Any]:
+    """Return what a checkpoint of ours, or the newest in a folder, was trained with; nothing for an official one."""
+    path = Path(checkpoint)
+    if path.is_dir():
+        state = load_latest(path) or {}
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    return state.get("train_config", {})
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what sampling and scoring are both told of the model and of the drawing of tokens."""
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a folder for its newest")
+    parser.add_argument(
+        "--data", help="data set of the tokens, as reference.codes names it; that of the run by default"
+    )
+    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; that of the run by default")
+    parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
+    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens that make up this share"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="where to compute")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32", help="of the model")
+
+
+def load_sampler(model: Transformer, options: argparse.Namespace, settings: dict[str, Any], **others: bool) -> Sampler:
+    """Return the sampler that the command line describes; what it leaves open is as the run's settings say."""
+    return Sampler(
+        model,
+        batch_size=options.batch_size,
+        guidance=settings.get("guidance", 1.0) if options.guidance is None else options.guidance,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        **others,
+    )
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m reference.sample", description="Sample images from a checkpoint.")
+    add_model_arguments(parser)
+    parser.add_argument("--classes", type=int, nargs="+", help="which to sample; all by default")
+    parser.add_argument("--per-class", type=int, default=8, help="samples of each class")
+    parser.add_argument("--compile", action="store_true", help="run the model through torch.compile")
+    parser.add_argument("--out", type=Path, help="PNG file for a grid, one row per class")
+    parser.add_argument("--codes", type=Path, help=".npy file for the tokens, uint16 [N, H, W], classes taking turns")
+    parser.add_argument("--decoder", help="MODULE:FUNCTION that turns tokens into images, where k-means does not")
+    parser.add_argument("--adm", type=Path, help=".npz file for the evaluator of FID")
+    options = parser.parse_args(arguments)
+    if not (options.out or options.codes or options.adm):
+        parser.error("nothing to write: give --out, --codes or --adm")
+    return options
+
+
+def main() -> None:
+    """Sample, decode, write."""
+    options = parse()
+    settings = run_settings(options.checkpoint)
+    model = load_model(options.checkpoint).to(options.device, DTYPES[options.dtype])
+    classes = options.classes or list(range(model.config.num_classes))
+    labels = torch.tensor(classes * options.per_class)
+    sampler = load_sampler(model, options, settings, compile=options.compile)
+    tokens = sampler(labels, torch.Generator(options.device).manual_seed(options.seed), progress=True)
+    if options.codes:
+        np.save(options.codes, tokens.cpu().numpy().astype(np.uint16))
+    if not (options.out or options.adm):
+        return
+    if options.decoder:
+        images = decode_with(pkgutil.resolve_name(options.decoder), tokens, options.batch_size)
+    else:
+        tokenizer = load_tokenizer(options.data or settings.get("data", ""))
+        if tokenizer is None:
+            raise SystemExit("these tokens need a decoder: give --decoder, or --data with a k-means tokenizer")
+        images = tokenizer.decode(tokens.cpu().numpy())
+    if options.adm:
+        save_adm(options.adm, images)
+    if options.out:
+        by_class = images.reshape(options.per_class, len(classes), *images.shape[1:]).swapaxes(0, 1)
+        save_grid(options.out, by_class.reshape(images.shape), columns=options.per_class)
+
+
+if __name__ == "__main__":
+    main()
