@@ -24,7 +24,7 @@ FLUSH_L2_MULTIPLE = 16
 # queue up, and fewer where they are slow.
 HOST_ROUNDS = 15
 MAX_HOST_CALLS = 50
-HOST_ROUND_SECONDS = 0.05
+HOST_ROUND_SECONDS = 0.02
 
 
 def _nothing() -> None:

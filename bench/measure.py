@@ -91,9 +91,10 @@ class Measurement:
         """Check and time the entries; return what came of each, by contender and direction."""
         if any(contender.overwrites for contender, _ in entries):
             self.inputs.keep()
-        # Shapes compiled for earlier workloads would count towards the compiler's limit of recompilations, past which
-        # it falls back to eager mode without a word.
-        torch.compiler.reset()
+        if any(contender.compiled for contender, _ in entries):
+            # Shapes compiled for earlier workloads would count towards the compiler's limit of recompilations, past
+            # which it falls back to eager mode without a word.
+            torch.compiler.reset()
         outcomes: dict[tuple[str, str], Outcome] = {}
         admitted = []
         for contender, direction in entries:
