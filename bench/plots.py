@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from bench.contenders import CONTENDERS
 from bench.records import Record, Results
 from bench.shapes import OPERATIONS
 from bench.tables import OURS, PASSES, best, cell, contenders_of, groups_of, stages_of
@@ -37,8 +38,9 @@ STYLE: dict[str, Any] = {
 LABEL_GAP = 0.055  # of the axis' height: the least distance of two labels
 
 
-def _colour(name: str, names: Sequence[str]) -> str:
-    others = [other for other in names if other not in OURS]
+def _colour(operation: str, name: str) -> str:
+    """Return a contender's colour, the same in every plot of an operation whoever else took part."""
+    others = [c.name for c in CONTENDERS if c.operation == operation and c.name not in OURS]
     return OUR_COLOUR if name in OURS else COLOURS[others.index(name) % len(COLOURS)]
 
 
@@ -60,10 +62,9 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
 def _stage_lines(axes: Axes, records: Sequence[Record], value: Callable[[Record], float | None]) -> None:
     """Draw one line for each contender over the stages."""
     stages = stages_of(records)
-    contenders = contenders_of(records)
-    names = [name for name, _ in contenders]
     ends = []
-    for name, label in contenders:
+    for name, label in contenders_of(records):
+        colour = _colour(records[0].operation, name)
         found = [(index, cell(records, name, patch)) for index, patch in enumerate(stages)]
         points = [(index, value(record)) for index, record in found if record is not None]
         xs = [index for index, height in points if height is not None]
@@ -72,14 +73,14 @@ def _stage_lines(axes: Axes, records: Sequence[Record], value: Callable[[Record]
             continue
         ours = name in OURS
         dashes = "--" if name == "ours_in_place" or "compiled" in name else "-"
-        axes.plot(xs, ys, dashes, color=_colour(name, names), marker="o", markersize=4, linewidth=2.2 if ours else 1.2)
-        ends.append((ys[-1], label, _colour(name, names)))
+        axes.plot(xs, ys, dashes, color=colour, marker="o", markersize=4, linewidth=2.2 if ours else 1.2)
+        ends.append((ys[-1], label, colour))
     axes.set_xticks(range(len(stages)), [f"{patch}x{patch}" for patch in stages])
     axes.set_xlabel("patch, coarse to fine")
     axes.set_xlim(-0.15, len(stages) - 1 + 0.15)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     _label_ends(axes, ends)
 
@@ -181,8 +182,8 @@ def plot_ratios(results: Results, folder: Path) -> Path:
             reference = ours[record.patch]
             return None if reference is None else record.median / reference.median
 
+        axis.axhline(1, color=OUR_COLOUR, linewidth=2)  # first, since the labels need the axis' final range
         _stage_lines(axis, others, ratio)
-        axis.axhline(1, color=OUR_COLOUR, linewidth=2)
         axis.set_title(title.replace("\n", ": "), loc="left")
         axis.set_ylabel("time / our time")
     figure.suptitle(
