@@ -7,7 +7,7 @@ writes a grid of samples, one row per class; ``--codes FILE.npy`` also keeps the
     python -m reference.sample --checkpoint c2i_B_256.pt --per-class 50 --decoder vq16:decode --adm samples.npz
 
 writes what the standard evaluator of FID (openai/guided-diffusion, ``evaluations/evaluator.py``) reads: ``arr_0``,
-uint8 ``[N, height, width, 3]``. ``vq16:decode`` names a function ``decode`` in a module ``vq16`` of your own, which runs
+uint8 ``[N, height, width, 3]``. ``vq16:decode`` names a function ``decode`` in your own module ``vq16``, which runs
 the tokenizer's decoder: int64 tokens ``[B, H, W]`` on the model's device in, floats ``[B, 3, height, width]`` in -1 to
 1 out. Classes take turns, since the evaluator computes the Inception Score on stretches of 5,000 images.
 
