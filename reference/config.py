@@ -1,0 +1,141 @@
+"""What a training run is asked for: the paper's table as defaults, a preset for each size, the command line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from npp_kernels import PatchSchedule
+from reference.model import SIZES, ModelConfig
+from reference.optimizer import AdamWConfig
+from reference.step import StepConfig
+
+
+def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    """Return a field with what the command line says of it."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run; the defaults are the paper's (NPP, arXiv 2412.15321, table of hyperparameters)."""
+
+    model: str = option("B", "size of the model", tuple(SIZES))
+    data: str = option(
+        "", "what to train on, as reference.codes names it: embedded, fashion_mnist, codes:DIR, npz:FILE"
+    )
+    output: str = option("runs/train", "folder of checkpoints and logs; a run that stopped there goes on")
+    levels: int = option(2, "stages, coarse to fine: 1 is plain next-token training, 2 is patches 2 and 1, and so on")
+    rate: float = option(0.5, "each stage ends at this part of the end of the next")
+    epochs: float = option(300.0, "length of the run; a fraction is allowed")
+    batch_size: int = option(256, "images of a step, over all processes and accumulated parts")
+    accumulate: int = option(1, "backward passes in a step")
+    lr: float = option(1e-4, "peak learning rate")
+    end_lr: float = option(1e-5, "learning rate at the end of each stage")
+    warmup_epochs: float = option(5.0, "linear warm-up at the start of each stage")
+    decay_ratio: float = option(0.2, "part of each stage over which the learning rate decays, linearly")
+    weight_decay: float = option(0.05, "of everything but the norms")
+    beta1: float = option(0.9, "of AdamW")
+    beta2: float = option(0.95, "of AdamW")
+    clip: float = option(1.0, "largest norm of the gradient; 0 for no limit")
+    dropout: float = option(0.1, "of embeddings, attention and feed-forward")
+    drop_path: float = option(0.0, "stochastic depth of the last layer; dropout in the layers is then off")
+    class_dropout: float = option(0.1, "of the class, for classifier-free guidance")
+    guidance: float = option(2.0, "scale of classifier-free guidance, for sampling from the checkpoint")
+    ema: float = option(0.0, "decay of the moving average of the weights; 0 for none")
+    precision: str = option("auto", "auto is bf16 on a GPU and fp32 elsewhere", ("auto", "bf16", "autocast", "fp32"))
+    compile: str = option("auto", "auto is model on a GPU and off elsewhere", ("auto", "model", "blocks", "off"))
+    graph: bool = option(True, "one CUDA graph for each stage; off under torchrun")
+    official: bool = option(False, "the official code's formulation and optimizer, for comparison")
+    seed: int = option(0, "of weights, data order, augmentation and dropout")
+    workers: int = option(2, "processes that read data; 0 for none")
+    log_every: int = option(50, "steps between lines of the log, and between checks for NaN")
+    evaluate_every: int = option(0, "steps between evaluations on the test split at patch 1; 0 for none")
+    checkpoint_every: int = option(1000, "steps between checkpoints")
+    tensorboard: bool = option(False, "write TensorBoard events as well as the CSV log")
+
+    def model_config(self, vocab_size: int, grid: tuple[int, int], num_classes: int) -> ModelConfig:
+        """Return the model of this run, on data of these dimensions."""
+        return ModelConfig.named(
+            self.model,
+            vocab_size=vocab_size,
+            grid=grid,
+            num_classes=num_classes,
+            token_dropout=self.dropout,
+            dropout=0.0 if self.drop_path else self.dropout,
+            drop_path=self.drop_path,
+            class_dropout=self.class_dropout,
+        )
+
+    def step_config(self, device_type: str, processes: int) -> StepConfig:
+        """Return how this run computes its steps on a kind of device."""
+        on_gpu = device_type == "cuda"
+        automatic_precision = "fp32" if not on_gpu else "autocast" if self.official else "bf16"
+        return StepConfig(
+            precision=automatic_precision if self.precision == "auto" else self.precision,
+            compile=("model" if on_gpu else "off") if self.compile == "auto" else self.compile,
+            # Capturing NCCL's work ties the graph to one communicator's life; nothing here needs that risk.
+            graph=self.graph and on_gpu and processes == 1,
+            accumulate=self.accumulate,
+            official=self.official,
+        )
+
+    def adamw_config(self) -> AdamWConfig:
+        """Return the optimizer's settings."""
+        return AdamWConfig(self.beta1, self.beta2, self.weight_decay, self.clip, self.ema)
+
+    def schedule(self, steps_per_epoch: int) -> PatchSchedule:
+        """Return the stages of this run."""
+        return PatchSchedule.coarse_to_fine(self.levels, math.floor(self.epochs * steps_per_epoch), self.rate)
+
+    def lr_at(self, step: int, schedule: PatchSchedule, steps_per_epoch: int) -> float:
+        """Return the learning rate of a step."""
+        warmup_steps = round(self.warmup_epochs * steps_per_epoch)
+        return self.lr * schedule.lr_factor(step, warmup_steps, self.decay_ratio, self.end_lr / self.lr)
+
+
+# What a size changes. The guidance scales are the paper's; the sizes for a CPU train on what the repository carries.
+PRESETS = {
+    "tiny": TrainConfig(
+        model="tiny", data="embedded", epochs=10, batch_size=32, lr=3e-3, end_lr=3e-4, warmup_epochs=0.5
+    ),
+    "small": TrainConfig(
+        model="small", data="embedded", epochs=20, batch_size=32, lr=1e-3, end_lr=1e-4, warmup_epochs=0.5
+    ),
+    "B": TrainConfig(model="B", guidance=2.0),
+    "L": TrainConfig(model="L", guidance=1.75),
+    "XL": TrainConfig(model="XL", guidance=1.75),
+    "XXL": TrainConfig(model="XXL", guidance=1.65),
+}
+
+# What may change between the parts of one run without changing its numbers.
+FREE_TO_CHANGE = {"output", "workers", "log_every", "evaluate_every", "checkpoint_every", "tensorboard", "guidance"}
+
+
+def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """Read a run from the command line: the preset of ``--model``, changed by the other options.
+
+    >>> parse(["--model", "XL", "--data", "codes:DIR", "--levels", "3"]).guidance
+    1.75
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m reference.train",
+        description="Train a class-conditional image model coarse to fine.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for entry in fields(TrainConfig):
+        name, text = "--" + entry.name.replace("_", "-"), entry.metadata["help"]
+        if isinstance(entry.default, bool):
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=entry.default, help=text)
+        else:
+            kind, choices = type(entry.default), entry.metadata["choices"]
+            parser.add_argument(name, type=kind, choices=choices, default=entry.default, help=text)
+    size = parser.parse_args(arguments).model
+    parser.set_defaults(**vars(PRESETS[size]))
+    config = replace(PRESETS[size], **vars(parser.parse_args(arguments)))
+    if not config.data:
+        parser.error("--data is needed with this --model: embedded, fashion_mnist, codes:DIR or npz:FILE")
+    return config

@@ -1,0 +1,199 @@
+"""One training step: forward, loss, backward, clipping, update and moving average, as one CUDA graph for each stage.
+
+A coarse stage has short sequences, and its kernels are over before the host has launched the next ones. Replaying the
+whole step as one graph leaves the host a single launch, so that a coarse step takes the time that its work takes.
+
+Inputs and learning rate live in tensors that never move; sums of the loss and of the gradient's norm stay on the
+device until somebody asks for them. Nothing in a step waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from npp_kernels import group_tokens
+from npp_kernels.grouping import Patch
+from reference.model import Transformer
+from reference.optimizer import AdamWConfig, FlatAdamW, OfficialAdamW
+
+WARMUP_STEPS = 3  # ordinary steps of a stage before its graph is captured: they compile, and make cuBLAS's workspaces
+SETUP_STEPS = WARMUP_STEPS + 1  # and the one that captures: steps of a stage that take longer than later ones
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """How a step is computed.
+
+    ``precision``: ``"bf16"`` keeps the model in bf16 and master weights in fp32; ``"autocast"`` keeps the model and its
+    residual stream in fp32 and multiplies matrices in bf16, as the official code does; ``"fp32"``.
+
+    ``compile``: ``"model"`` compiles model and loss as a whole, ``"blocks"`` one layer, which all layers share (quicker
+    to compile, by the number of layers), ``"off"`` nothing.
+    """
+
+    precision: str = "bf16"
+    compile: str = "model"
+    graph: bool = True  # ignored without a GPU
+    accumulate: int = 1  # backward passes in a step, each over its part of the batch
+    official: bool = False  # the official code's optimizer, and no graph
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("precision", ("bf16", "autocast", "fp32")), ("compile", ("model", "blocks", "off"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate: expected at least 1, got {self.accumulate}")
+        if self.official and self.precision == "bf16":
+            raise ValueError("precision: expected autocast or fp32 with the official formulation, got 'bf16'")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Means over the steps since the last report."""
+
+    loss: float  # nats per target of the stage's patch
+    gradient_norm: float
+    steps: int
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no loss and no gradient of these steps was NaN or infinite."""
+        return abs(self.loss) < float("inf") and abs(self.gradient_norm) < float("inf")
+
+
+class TrainStep:
+    """Trains a model, one batch a call.
+
+    >>> import torch
+    >>> from reference.model import ModelConfig, Transformer
+    >>> model = Transformer(ModelConfig.named("tiny", vocab_size=512, grid=(4, 4), num_classes=10))
+    >>> step = TrainStep(model, StepConfig(precision="fp32", compile="off"), AdamWConfig(), batch_size=2)
+    >>> step.run(torch.randint(512, (2, 4, 4)), torch.tensor([3, 7]), patch=2, lr=1e-4)
+    >>> round(step.report().loss, 3)
+    6.238
+
+    Args:
+        model: on its device already; its parameters become views of the optimizer's tensors.
+        config: how a step is computed.
+        adamw: hyperparameters of the optimizer.
+        batch_size: images of a step in this process, a multiple of ``config.accumulate``.
+    """
+
+    def __init__(self, model: Transformer, config: StepConfig, adamw: AdamWConfig, *, batch_size: int) -> None:
+        if batch_size % config.accumulate:
+            raise ValueError(f"batch_size: expected a multiple of accumulate = {config.accumulate}, got {batch_size}")
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        if config.official and processes > 1:
+            raise ValueError(f"official: expected one process, got {processes}")
+        device = model.output.weight.device
+        compiled = config.compile != "off"
+        self.model = model
+        self.config = config
+        self.optimizer: FlatAdamW | OfficialAdamW
+        if config.official:
+            self.optimizer = OfficialAdamW(model, adamw)
+        else:
+            dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+            self.optimizer = FlatAdamW(
+                model, adamw, dtype=dtype, accumulate=config.accumulate > 1, compiled=compiled and device.type == "cuda"
+            )
+        if config.compile == "blocks":
+            for layer in model.layers:
+                layer.compile(fullgraph=True, dynamic=False)
+        self._loss = (
+            torch.compile(model.loss, fullgraph=True, dynamic=False) if config.compile == "model" else model.loss
+        )
+
+        part = (config.accumulate, batch_size // config.accumulate)
+        self.tokens = torch.zeros(*part, *model.config.grid, dtype=torch.int64, device=device)
+        self.labels = torch.zeros(*part, dtype=torch.int64, device=device)
+        # Every process divides by the targets of all, and gradients are summed: the mean over the whole batch.
+        self.num_targets = self.tokens.numel() * processes
+        self.sums = torch.zeros(2, device=device)  # of the losses and of the gradient's norms since the last report
+        self.summed_steps = 0
+
+        self._uses_graph = config.graph and device.type == "cuda" and not config.official
+        self._warm_up_stream: torch.cuda.Stream | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._patch: Patch | None = None
+        self._steps_at_patch = 0
+
+    def run(self, tokens: Tensor, labels: Tensor, patch: Patch, lr: float) -> None:
+        """Train on one batch: tokens ``[B, H, W]`` and labels ``[B]``, on any device (pinned memory copies best)."""
+        self.tokens.copy_(tokens.view(self.tokens.shape), non_blocking=True)
+        self.labels.copy_(labels.view(self.labels.shape), non_blocking=True)
+        self.optimizer.set_lr(lr)
+        if patch != self._patch:
+            self._graph, self._patch, self._steps_at_patch = None, patch, 0
+        if not self._uses_graph:
+            self._compute(patch)
+        elif self._steps_at_patch < WARMUP_STEPS:
+            self._warm_up(patch)
+        else:
+            if self._graph is None:
+                self._graph = self._capture(patch)
+            self._graph.replay()
+        self._steps_at_patch += 1
+        self.summed_steps += 1
+
+    def report(self) -> Progress:
+        """Wait for the device, and return the means since the last report."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self.sums[0])  # a process's loss is its share of the mean; the norm is everybody's
+        loss, norm = (self.sums / max(self.summed_steps, 1)).tolist()
+        progress = Progress(loss, norm, self.summed_steps)
+        self.sums.zero_()
+        self.summed_steps = 0
+        return progress
+
+    def precision(self) -> AbstractContextManager:
+        """Return the context in which the model computes."""
+        if self.config.precision != "autocast":
+            return nullcontext()
+        return torch.autocast(self.tokens.device.type, torch.bfloat16)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a checkpoint needs of the step: the optimizer's state, and the sums of the next report."""
+        return {**self.optimizer.state(), "sums": self.sums, "summed_steps": self.summed_steps}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.optimizer.load(state)
+        self.sums.copy_(state["sums"])
+        self.summed_steps = state["summed_steps"]
+
+    def _compute(self, patch: Patch) -> None:
+        """Compute one step on what the input tensors hold."""
+        for part in range(self.config.accumulate):
+            groups = group_tokens(self.tokens[part], patch)
+            with self.precision():
+                loss = self._loss(groups, self.labels[part], patch, num_targets=self.num_targets)
+            loss.backward()
+            self.sums[0].add_(loss.detach())
+            self.optimizer.collect(first=part == 0)
+        self.sums[1].add_(self.optimizer.update())
+
+    def _warm_up(self, patch: Patch) -> None:
+        """Compute one step on a side stream, as capture will, so that nothing is set up for the first time in it."""
+        current = torch.cuda.current_stream()
+        stream = self._warm_up_stream = self._warm_up_stream or torch.cuda.Stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            self._compute(patch)
+        current.wait_stream(stream)
+
+    def _capture(self, patch: Patch) -> torch.cuda.CUDAGraph:
+        """Capture one step; it is not computed by this."""
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the graph's memory is its own: leave it what the warm-up no longer needs
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._compute(patch)
+        return graph

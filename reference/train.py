@@ -1,0 +1,330 @@
+"""Train a class-conditional image model coarse to fine.
+
+    python -m reference.train --model tiny                                   # on a CPU, on what the repository carries
+    python -m reference.train --model B --data codes:DIR --output runs/b     # the paper's run, on one GPU
+    torchrun --nproc-per-node 8 -m reference.train --model XL --data codes:DIR --output runs/xl
+
+The same command again continues a run that was stopped, or killed, from its last checkpoint. ``--levels 1`` is plain
+next-token training, ``--official`` the official code's formulation and optimizer; ``--help`` lists all options.
+
+Under torchrun every process holds the whole model and trains on its part of each batch; the gradients are summed in one
+message per step, after the backward. (At the four sizes of the paper that message is 0.2 to 2.8 GB in bf16, a few
+milliseconds over NVLink; a model that one GPU cannot hold would need FSDP.)
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from npp_kernels import PatchSchedule, Stage
+from reference import checkpoint
+from reference.codes import TokenDataset, load_dataset
+from reference.config import FREE_TO_CHANGE, TrainConfig, parse
+from reference.model import Transformer
+from reference.step import SETUP_STEPS, Progress, TrainStep
+
+COLUMNS = (
+    "step", "epoch", "stage", "patch", "lr", "loss", "gradient_norm", "images_per_second", "train_seconds", "test_nll",
+)  # fmt: skip
+
+
+class Batches(Dataset[tuple[Tensor, Tensor]]):
+    """Maps a step of the run to its batch, from the seed and the step alone: tokens ``[B, H, W]``, labels ``[B]``.
+
+    Args:
+        dataset: images in variants.
+        batch_size: images of a step over all processes.
+        seed: of the order, which is another one in each epoch; a last incomplete batch is left out.
+        rank: this process, of ``processes``; each reads its own part of every batch.
+    """
+
+    def __init__(self, dataset: TokenDataset, batch_size: int, seed: int, rank: int = 0, processes: int = 1) -> None:
+        if not 1 <= batch_size <= len(dataset):
+            raise ValueError(f"batch_size: expected 1 to the {len(dataset)} images of the data, got {batch_size}")
+        if batch_size % processes:
+            raise ValueError(f"batch_size: expected a multiple of {processes} processes, got {batch_size}")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.part = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
+        self.steps_per_epoch = len(dataset) // batch_size
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = _order_of_epoch(self.seed, epoch, len(self.dataset))
+        indices = order[place * self.batch_size : (place + 1) * self.batch_size]
+        return self.dataset.batch(indices[self.part], epoch=epoch)
+
+
+@functools.lru_cache(maxsize=2)
+def _order_of_epoch(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    # The third number keeps the order apart from other draws of the same seed and epoch, such as the augmentation's.
+    return np.random.default_rng((seed, epoch, 1)).permutation(num_images)
+
+
+class Log:
+    """The log of a run as ``log.csv``, and as TensorBoard events where they are asked for."""
+
+    def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
+        path = folder / "log.csv"
+        # Lines after the checkpoint that the run goes on from will be computed, and written, again.
+        kept = []
+        if path.exists():
+            with path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
+        self._file = path.open("w", newline="")
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer.writeheader()
+        self._writer.writerows(kept)
+        self._file.flush()
+        self._events: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # needs the tensorboard package, which few want
+
+            self._events = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write one line."""
+        self._writer.writerow(row)
+        self._file.flush()
+        if self._events is not None:
+            for name in COLUMNS[1:]:
+                if row[name] is not None:
+                    self._events.add_scalar(name, row[name], row["step"])
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+class Run:
+    """One training run on one process: what is trained, where it stands, and its logs.
+
+    Args:
+        config: what to run.
+        device: where to.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.folder = Path(config.output)
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        dataset = load_dataset(config.data, "train", seed=config.seed)
+        self.test_data = load_dataset(config.data, "test") if config.evaluate_every else None
+        self.batches = Batches(dataset, config.batch_size, config.seed, self.rank, self.processes)
+        self.schedule: PatchSchedule = config.schedule(self.batches.steps_per_epoch)
+
+        torch.manual_seed(config.seed)  # the same weights in every process
+        model_config = config.model_config(dataset.vocab_size, dataset.grid, dataset.num_classes)
+        self.model = Transformer(model_config, fast=not config.official).to(device)
+        self.trainer = TrainStep(
+            self.model,
+            config.step_config(device.type, self.processes),
+            config.adamw_config(),
+            batch_size=config.batch_size // self.processes,
+        )
+        torch.manual_seed(config.seed * self.processes + self.rank)  # dropout of its own in every process
+
+        self.step = 0
+        self.seconds = 0.0  # of training: without evaluations, checkpoints, and the steps that compile and capture
+        self.folder.mkdir(parents=True, exist_ok=True)
+        saved = checkpoint.load_latest(self.folder)
+        if saved is not None:
+            self._restore(saved)
+
+    def train(self) -> None:
+        """Train to the end of the run.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is no longer finite.
+        """
+        log = closing(Log(self.folder, self.step, self.config.tensorboard)) if self.rank == 0 else nullcontext()
+        bar = tqdm(
+            total=self.schedule.total_steps,
+            initial=self.step,
+            unit="step",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+            disable=self.rank != 0,
+        )
+        self.model.train()
+        with log as open_log, bar:
+            self._train(open_log, bar)
+
+    def _train(self, log: Log | None, bar: tqdm) -> None:
+        loader = DataLoader(
+            self.batches,
+            batch_size=None,  # an item is a batch already
+            sampler=range(self.step, self.schedule.total_steps),
+            num_workers=self.config.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # or the loader would draw from the random state that a checkpoint restored
+        )
+        steps_at_patch, timed_steps, started = 0, 0, time.perf_counter()
+        for tokens, labels in loader:
+            stage = self.schedule.at(self.step)
+            if self.step == stage.start:
+                steps_at_patch = 0
+            lr = self.config.lr_at(self.step, self.schedule, self.batches.steps_per_epoch)
+            self.trainer.run(tokens, labels, stage.patch, lr)
+            self.step += 1
+            steps_at_patch += 1
+            timed_steps += 1
+            bar.update()
+            if steps_at_patch == SETUP_STEPS and self.device.type == "cuda":
+                torch.cuda.synchronize()
+                timed_steps, started = 0, time.perf_counter()
+            if not self._reports_now(stage):
+                continue
+
+            progress = self.trainer.report()
+            elapsed = time.perf_counter() - started
+            self.seconds += elapsed if timed_steps else 0.0
+            self._check(progress, stage, lr)
+            # One process evaluates; the others wait for it in the next step's sum of gradients.
+            nll = self._evaluate() if self._is_due(self.config.evaluate_every) and self.rank == 0 else None
+            speed = timed_steps * self.config.batch_size / elapsed
+            if log is not None:
+                log.write(self._row(stage, lr, progress, speed, nll))
+            bar.set_description(f"patch {stage.patch} ({stage.index + 1}/{len(self.schedule.stages)})")
+            bar.set_postfix_str(f"loss {progress.loss:.3f}, {speed:.0f} images/s, {self._time_left(stage, speed)} left")
+            if self._is_due(self.config.checkpoint_every) or self.step == stage.end:
+                self._save()
+            timed_steps, started = 0, time.perf_counter()
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _reports_now(self, stage: Stage) -> bool:
+        config = self.config
+        every = (config.log_every, config.evaluate_every, config.checkpoint_every)
+        return self.step == stage.end or any(self._is_due(number) for number in every)
+
+    def _check(self, progress: Progress, stage: Stage, lr: float) -> None:
+        if not progress.is_finite:
+            saved = checkpoint.checkpoints(self.folder)
+            raise FloatingPointError(
+                f"loss: expected finite numbers, got loss {progress.loss} and gradient norm {progress.gradient_norm} "
+                f"in the {progress.steps} steps before step {self.step} (patch {stage.patch}, learning rate {lr:.3g}); "
+                f"the last checkpoint before that is {saved[-1] if saved else 'none'}"
+            )
+
+    def _evaluate(self) -> float:
+        """Return the held-out negative log-likelihood at patch 1, in nats per token."""
+        from reference.score import held_out_likelihood  # it needs Pillow, which training alone does not
+
+        assert self.test_data is not None
+        dtype = torch.bfloat16 if self.trainer.config.precision == "autocast" else torch.float32
+        # Compiled for training: evaluation would compile it once more, for less time than that takes.
+        with torch.compiler.set_stance("force_eager"):
+            return held_out_likelihood(self.model, self.test_data, dtype=dtype).nats_per_token
+
+    def _row(self, stage: Stage, lr: float, progress: Progress, speed: float, nll: float | None) -> dict[str, Any]:
+        values = (
+            self.step, self.step / self.batches.steps_per_epoch, stage.index, stage.patch, lr, progress.loss,
+            progress.gradient_norm, speed, self.seconds, nll,
+        )  # fmt: skip
+        return dict(zip(COLUMNS, values, strict=True))
+
+    def _time_left(self, stage: Stage, speed: float) -> str:
+        """Return the time to the end of the run, later stages taken to be slower by their operations."""
+        flops = self.model.config.training_flops
+        work = sum(
+            (later.end - max(later.start, self.step)) * flops(later.patch)
+            for later in self.schedule.stages[stage.index :]
+        )
+        seconds = work / flops(stage.patch) * self.config.batch_size / max(speed, 1e-9)
+        return tqdm.format_interval(seconds) if seconds < 1e9 else "?"
+
+    def _save(self) -> None:
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state()
+        all_random: list[Any] = [random]
+        if self.processes > 1:
+            all_random = [None] * self.processes
+            dist.all_gather_object(all_random, random)
+        if self.rank == 0:
+            state = {
+                **self.trainer.state(),
+                "step": self.step,
+                "seconds": self.seconds,
+                "random": all_random,
+                "model_config": asdict(self.model.config),
+                "train_config": asdict(self.config),
+            }
+            checkpoint.save(self.folder, state)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        for name, value in asdict(self.config).items():
+            if name not in FREE_TO_CHANGE and saved["train_config"][name] != value:
+                raise ValueError(
+                    f"{name}: expected {saved['train_config'][name]!r}, as in the run in {self.folder}, got {value!r}; "
+                    "choose another --output for another run"
+                )
+        if len(saved["random"]) != self.processes:
+            raise ValueError(f"processes: expected {len(saved['random'])}, as in that run, got {self.processes}")
+        self.trainer.load(saved)
+        random = saved["random"][self.rank]
+        torch.set_rng_state(random["cpu"])
+        if self.device.type == "cuda" and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"])
+        self.step, self.seconds = saved["step"], saved["seconds"]
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join the other processes where torchrun started this one; yield the device of this process."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, as in the official code
+    if "RANK" not in os.environ:
+        yield device
+        return
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; return the exit status."""
+    config = parse(arguments)
+    with process_group() as device:
+        run = Run(config, device)
+        if run.rank == 0:
+            where = f"from step {run.step} of" if run.step else "for"
+            cost = run.schedule.relative_cost(run.model.config.grid)
+            print(f"{config.output}: training {where} {run.schedule.total_steps} steps on {device}, {cost:.3f} of the")
+            print(f"tokens of plain training, in stages {run.schedule.boundaries}", flush=True)
+        try:
+            run.train()
+        except FloatingPointError as error:
+            print(f"stopped: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
