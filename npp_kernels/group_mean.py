@@ -92,12 +92,20 @@ def _group_mean_kernel(
         table_ptr, groups_ptr, group, 0, columns, group_mask, column_mask, vocab_size, ignore_index, row_stride,
         GROUP_SIZE, HAS_IGNORED,
     )  # fmt: skip
+    lost = tl.zeros_like(total)
     for slot in tl.range(1, GROUP_SIZE, loop_unroll_factor=UNROLL):
         rows, counted = _load_rows(
             table_ptr, groups_ptr, group, slot, columns, group_mask, column_mask, vocab_size, ignore_index, row_stride,
             GROUP_SIZE, HAS_IGNORED,
         )  # fmt: skip
-        total += rows
+        if table_ptr.dtype.element_ty == tl.float32:
+            # Compensated (Kahan): in fp32 nothing is rounded off at the end that would hide the sum's own error.
+            corrected = rows - lost
+            new_total = total + corrected
+            lost = (new_total - total) - corrected
+            total = new_total
+        else:
+            total += rows
         count += counted
 
     if HAS_IGNORED:
@@ -312,7 +320,7 @@ def _torch_forward(
     table: Tensor, groups: Tensor, ignore_index: int | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """`_launch_forward` in PyTorch: one slot at a time, so that ``[P, K, D]`` never exists."""
-    wide = torch.promote_types(table.dtype, torch.float32)
+    wide = torch.float64 if table.dtype in (torch.float32, torch.float64) else torch.float32
     if groups.shape[1] == 1 and ignore_index is None:
         return F.embedding(groups[:, 0], table).to(out_dtype), None
     total = torch.zeros((groups.shape[0], table.shape[1]), dtype=wide, device=table.device)
@@ -333,7 +341,7 @@ def _torch_backward(
 ) -> Tensor:
     """`_launch_backward` in PyTorch; `index_put_` accumulates in a fixed order on every device."""
     wide = torch.promote_types(dtype, torch.float32)
-    scaled = grad.to(wide) / (groups.shape[1] if counts is None else counts.clamp(min=1).unsqueeze(1))
+    scaled = grad.to(wide) / (groups.shape[1] if counts is None else counts.to(wide).clamp(min=1).unsqueeze(1))
     grad_table = torch.zeros((vocab_size, grad.shape[1]), dtype=wide, device=grad.device)
     for ids in groups.unbind(1):
         if ignore_index is None:

@@ -182,13 +182,13 @@ class _Gradients:
 
 
 def _scaled(grad: Tensor | None, upstream: Tensor) -> Tensor | None:
-    """Return ``grad · upstream``, overwriting ``grad``."""
+    """Return ``grad · upstream``, with the kernels in place."""
     if grad is None or grad.numel() == 0:
         return grad
     if runs_kernels(grad):
         launch_scale(grad.view(-1, grad.shape[-1]), upstream)
         return grad
-    return grad.mul_(upstream)
+    return grad * upstream
 
 
 class _LinearPatchCrossEntropy(torch.autograd.Function):
@@ -226,6 +226,8 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
     @staticmethod
     @first_order_only("linear_patch_cross_entropy")
     def backward(ctx, upstream, _):
+        if upstream is None:
+            return (None,) * 12
         hidden, weight, bias, groups, slot_scale, totals, rows, *grads = ctx.saved_tensors
         if ctx.early and not ctx.ran:
             grads = tuple(_scaled(grad, upstream) for grad in grads)

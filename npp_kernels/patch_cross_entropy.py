@@ -262,11 +262,13 @@ class _PatchCrossEntropy(torch.autograd.Function):
     @staticmethod
     @first_order_only("patch_cross_entropy")
     def backward(ctx, upstream, _):
-        logits, groups, slot_scale, totals, rows, grad = ctx.saved_tensors
+        if upstream is None:
+            return (None,) * 9
         if ctx.inplace and ctx.ran:
             raise RuntimeError(
                 "inplace_backward=True: expected one backward, got a second; the first has overwritten the logits"
             )
+        logits, groups, slot_scale, totals, rows, grad = ctx.saved_tensors
         ready = grad is not None and not ctx.ran
         ctx.ran = True
         if ready and ctx.inplace:

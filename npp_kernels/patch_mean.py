@@ -124,7 +124,7 @@ class _PatchMean(torch.autograd.Function):
             return means
         boxes, axes = _boxes(embeddings, grid, patch)
         wide = torch.promote_types(embeddings.dtype, torch.float32)
-        return boxes.mean(axes, dtype=wide).to(embeddings.dtype).view(num_patches, -1)
+        return boxes.mean(axes, dtype=wide).to(embeddings.dtype).view(num_patches, embeddings.shape[1])
 
     @staticmethod
     @first_order_only("patch_mean")

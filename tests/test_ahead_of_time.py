@@ -1,0 +1,239 @@
+"""Every kernel, compiled ahead of time for GPUs that need not be here; on CUDA targets it must not spill.
+
+Where a kernel depends on a size, the sizes are those of training: LlamaGen's vocabulary and its four hidden sizes,
+wide vocabularies, the largest groups. The GPU's own limits (shared memory, registers) are the target's, not this
+machine's.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from npp_kernels import _loss_kernels, _segments
+from npp_kernels.group_mean import (
+    CHUNK_ROWS,
+    CHUNK_SIZE,
+    MAX_BLOCK_HIDDEN,
+    SEGMENT_ROWS,
+    UNROLLED_SLOTS,
+    _chunk_sums_kernel,
+    _group_mean_kernel,
+    _table_gradient_kernel,
+)
+from npp_kernels.patch_mean import _patch_mean_kernel
+from tests.conftest import INTERPRETED
+
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled"),
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"),
+]
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Shared memory of one program, in bytes: CUDA programming guide, table of compute capabilities; CDNA 3 ISA, LDS.
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
+
+def compile_kernel(kernel, target, arguments):
+    """Compile ``kernel`` with ``arguments`` by name: a type ("*bf16", "i32"), or a value that is fixed.
+
+    Pointers and 32-bit sizes are taken as multiples of 16, as they are in training.
+    """
+    arguments = dict(arguments)
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
+    types = {
+        name: value if isinstance(value, str) and re.match(r"\*|i32|i64|fp32", value) else "constexpr"
+        for name, value in arguments.items()
+    }
+    fixed = {name: value for name, value in arguments.items() if types[name] == "constexpr"}
+    assert set(arguments) == set(kernel.arg_names)
+    aligned = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in types.items()
+        if kind.startswith("*") or name in ("vocab_size", "hidden_size", "logits_stride", "grad_stride", "row_stride")
+    }
+    types = {name: types[name] for name in kernel.arg_names}
+    return triton.compile(ASTSource(kernel, types, fixed, aligned), target=TARGETS[target], options=options)
+
+
+def resources(compiled, tmp_path):
+    """Return the registers, and the bytes of stack and of spills, of a compiled CUDA kernel."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([tool, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups()
+    return int(registers), int(stack), int(local)
+
+
+def group_mean_arguments(dtype, group_size, ignored):
+    block_hidden = MAX_BLOCK_HIDDEN
+    return {
+        "table_ptr": f"*{dtype}", "groups_ptr": "*i64", "out_ptr": f"*{dtype}", "counts_ptr": "*fp32" if ignored else None,
+        "num_groups": "i32", "vocab_size": "i32", "hidden_size": "i32", "row_stride": "i32", "ignore_index": "i32",
+        "GROUP_SIZE": group_size, "HAS_IGNORED": ignored, "BLOCK_GROUPS": 2, "BLOCK_HIDDEN": block_hidden,
+        "UNROLL": UNROLLED_SLOTS,
+    }  # fmt: skip
+
+
+def segment_arguments(dtype, group_size, ignored):
+    return {
+        "grad_ptr": f"*{dtype}", "order_ptr": "*i32", "counts_ptr": "*fp32" if ignored else None, "sums_ptr": "*fp32",
+        "hidden_size": "i32", "GROUP_SIZE": group_size, "HAS_IGNORED": ignored, "CHUNK": CHUNK_SIZE,
+        "BLOCK_HIDDEN": MAX_BLOCK_HIDDEN,
+    }  # fmt: skip
+
+
+def chunk_sums_arguments(dtype, group_size, ignored):
+    return {
+        **segment_arguments(dtype, group_size, ignored), "keys_ptr": "*i32", "vocab_size": "i32", "ROWS": CHUNK_ROWS,
+    }  # fmt: skip
+
+
+def table_gradient_arguments(dtype, group_size, ignored):
+    return {
+        **segment_arguments(dtype, group_size, ignored), "starts_ptr": "*i32", "grad_table_ptr": f"*{dtype}",
+        "HAS_CHUNKS": True, "CHUNK_ROWS": CHUNK_ROWS, "ROWS": SEGMENT_ROWS,
+    }  # fmt: skip
+
+
+def patch_mean_arguments(dtype, backward):
+    return {
+        "embeddings_ptr": f"*{dtype}", "means_ptr": f"*{dtype}", "num_patches": "i32", "hidden_size": "i32",
+        "height": "i32", "width": "i32", "KT": 1, "KH": 4, "KW": 4, "BACKWARD": backward, "BLOCK_PATCHES": 4,
+        "BLOCK_HIDDEN": 512, "UNROLL": 8,
+    }  # fmt: skip
+
+
+def rank_sort_arguments():
+    return {
+        "ids_ptr": "*i64", "keys_ptr": "*i32", "order_ptr": "*i32", "num_ids": "i32", "vocab_size": "i32",
+        "ignore_index": "i32", "HAS_IGNORED": True, "BLOCK": _segments.RANK_BLOCK,
+        "BLOCK_OTHERS": _segments.RANK_OTHERS,
+    }  # fmt: skip
+
+
+def digit_arguments(first_pass):
+    return {
+        "ids_ptr": "*i64" if first_pass else "*i32", "counts_ptr": "*i32", "num_ids": "i32", "subtiles": "i32",
+        "vocab_size": "i32", "ignore_index": "i32", "SHIFT": 0 if first_pass else 8, "FIRST_PASS": first_pass,
+        "HAS_IGNORED": True, "RADIX": 1 << _segments.DIGIT_BITS, "TILE": _segments.TILE_SIZE,
+    }  # fmt: skip
+
+
+def digit_scatter_arguments(first_pass):
+    return {
+        **digit_arguments(first_pass), "positions_ptr": "*i32", "keys_ptr": "*i32", "order_ptr": "*i32",
+        "num_tiles": "i32", "BLOCK_TILES": 16, "BLOCK_OTHERS": 32, "num_warps": 8,
+    }  # fmt: skip
+
+
+def segment_starts_arguments():
+    return {
+        "keys_ptr": "*i32", "starts_ptr": "*i32", "num_ids": "i32", "vocab_size": "i32", "STEPS": 17,
+        "BLOCK": _segments.STARTS_BLOCK,
+    }  # fmt: skip
+
+
+def loss_arguments(dtype, vocab_size, group_size, *, everything, totals=True):
+    slots = _loss_kernels._slot_options(group_size, torch.empty(2, 16) if totals else None)
+    return {
+        "logits_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "groups_ptr": "*i64",
+        "slot_scale_ptr": "*fp32" if everything else None, "totals_ptr": "*fp32" if totals else None,
+        "rows_ptr": "*fp32", "logits_stride": "i32", "grad_stride": "i32", "vocab_size": "i32", "ignore_index": "i32",
+        "label_smoothing": "fp32" if everything else None, "z_loss": "fp32" if everything else None,
+        "softcap": "fp32" if everything else None, "NORMALIZE": "target" if totals else "none", **slots,
+    }  # fmt: skip
+
+
+def row_arguments(dtype, vocab_size, group_size, everything):
+    return {
+        **loss_arguments(dtype, vocab_size, group_size, everything=everything),
+        **_loss_kernels._row_options(vocab_size),
+        "losses_ptr": "*fp32" if everything else None, "WITH_STATS": everything,
+    }  # fmt: skip
+
+
+def gradient_arguments(dtype, group_size, per_target):
+    return {
+        **loss_arguments(dtype, 16384, group_size, everything=not per_target, totals=not per_target),
+        "upstream_ptr": "*fp32", "num_rows": "i32", "PER_TARGET": per_target, "SKIP_UNIT": not per_target,
+        "BLOCK_VOCAB": _loss_kernels.GRADIENT_BLOCK, "num_warps": 8,
+    }  # fmt: skip
+
+
+def count_arguments(group_size):
+    return {
+        "groups_ptr": "*i64", "slot_weights_ptr": "*fp32", "totals_ptr": "*fp32", "num_rows": "i32",
+        "ignore_index": "i32", "GROUP_SIZE": group_size, "BLOCK_SLOTS": triton.next_power_of_2(group_size),
+        "BLOCK_ROWS": max(_loss_kernels.COUNT_BLOCK // triton.next_power_of_2(group_size), 1),
+    }  # fmt: skip
+
+
+def scale_arguments(dtype):
+    return {
+        "grad_ptr": f"*{dtype}", "upstream_ptr": "*fp32", "num_rows": "i32", "grad_stride": "i32", "row_size": "i32",
+        "BLOCK": _loss_kernels.GRADIENT_BLOCK,
+    }  # fmt: skip
+
+
+CASES = {
+    "group_mean K=1": (_group_mean_kernel, group_mean_arguments("bf16", 1, False)),
+    "group_mean K=16": (_group_mean_kernel, group_mean_arguments("bf16", 16, False)),
+    "group_mean K=64 ignored": (_group_mean_kernel, group_mean_arguments("fp32", 64, True)),
+    "chunk_sums K=4": (_chunk_sums_kernel, chunk_sums_arguments("bf16", 4, False)),
+    "chunk_sums K=4 ignored": (_chunk_sums_kernel, chunk_sums_arguments("fp32", 4, True)),
+    "table_gradient K=4": (_table_gradient_kernel, table_gradient_arguments("bf16", 4, False)),
+    "table_gradient K=4 ignored": (_table_gradient_kernel, table_gradient_arguments("fp32", 4, True)),
+    "patch_mean forward": (_patch_mean_kernel, patch_mean_arguments("bf16", False)),
+    "patch_mean backward": (_patch_mean_kernel, patch_mean_arguments("fp32", True)),
+    "rank_sort": (_segments._rank_sort_kernel, rank_sort_arguments()),
+    "digit_counts": (_segments._digit_counts_kernel, digit_arguments(True)),
+    "digit_scatter first": (_segments._digit_scatter_kernel, digit_scatter_arguments(True)),
+    "digit_scatter later": (_segments._digit_scatter_kernel, digit_scatter_arguments(False)),
+    "segment_starts": (_segments._segment_starts_kernel, segment_starts_arguments()),
+    "count_targets": (_loss_kernels._count_targets_kernel, count_arguments(16)),
+    "loss V=16384 K=1": (_loss_kernels._loss_kernel, row_arguments("bf16", 16384, 1, False)),
+    "loss V=16384 K=16": (_loss_kernels._loss_kernel, row_arguments("bf16", 16384, 16, False)),
+    "loss V=16384 K=4 all options": (_loss_kernels._loss_kernel, row_arguments("bf16", 16384, 4, True)),
+    "loss V=32768 K=4 fp32": (_loss_kernels._loss_kernel, row_arguments("fp32", 32768, 4, False)),
+    "loss V=128256 K=1": (_loss_kernels._loss_kernel, row_arguments("bf16", 128256, 1, False)),
+    "loss V=262144 K=256": (_loss_kernels._loss_kernel, row_arguments("bf16", 262144, 256, False)),
+    "loss V=128256 K=4 all options": (_loss_kernels._loss_kernel, row_arguments("fp32", 128256, 4, True)),
+    "gradient K=4": (_loss_kernels._gradient_kernel, gradient_arguments("fp16", 4, False)),
+    "gradient K=256 per target": (_loss_kernels._gradient_kernel, gradient_arguments("bf16", 256, True)),
+    "scale": (_loss_kernels._scale_kernel, scale_arguments("bf16")),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_without_spills(case, target, tmp_path):
+    compiled = compile_kernel(*(CASES[case][0], target, CASES[case][1]))
+    assert compiled.metadata.shared <= SHARED_MEMORY[target]
+    if target != "gfx942":
+        registers, stack, local = resources(compiled, tmp_path)
+        assert (stack, local) == (0, 0), (
+            f"spills: {stack} bytes of stack, {local} of local memory, {registers} registers"
+        )
+
+
+def test_every_kernel_is_covered():
+    """A kernel that is added must be added here too."""
+    import npp_kernels
+
+    package = Path(npp_kernels.__file__).parent
+    defined = set()
+    for path in package.glob("*.py"):
+        defined |= set(re.findall(r"^def (_\w+_kernel)\(", path.read_text(), flags=re.MULTILINE))
+    assert defined == {kernel.__name__ for kernel, _ in CASES.values()}

@@ -1,0 +1,134 @@
+"""torch.compile, CUDA graphs, autocast and activation checkpointing around the operations."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import npp_kernels
+
+OPTIONS = [
+    {},
+    {"reduction": "none"},
+    {"normalize": "row", "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0},
+    {"normalize": "slot", "slot_weights": (1.0, 0.5, 0.25, 2.0)},
+    {"num_targets": 30},
+]
+
+
+def step(table, head, groups, **options):
+    """Use every operation once, as a model would."""
+    hidden = npp_kernels.group_mean(table, groups)
+    hidden = hidden + npp_kernels.patch_mean(hidden, (2,)).repeat_interleave(2, 1)
+    fused, stats = npp_kernels.linear_patch_cross_entropy(
+        hidden, head, groups, chunk_rows=5, return_stats=True, **options
+    )
+    loss = npp_kernels.patch_cross_entropy(hidden @ head.t(), groups, inplace_backward=True, **options)
+    return fused.mean() + loss.mean(), stats.lse
+
+
+def gradients(function, table, head, groups, **options):
+    table, head = table.clone().requires_grad_(), head.clone().requires_grad_()
+    loss, lse = function(table, head, groups, **options)
+    (2 * loss).backward()
+    return loss, lse, table.grad, head.grad
+
+
+def make_inputs(device):
+    tokens = torch.randint(64, (2, 24), device=device)
+    return (
+        torch.randn(64, 16, device=device),
+        torch.randn(64, 16, device=device),
+        npp_kernels.group_tokens(tokens, (4,)),
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_fullgraph_on_the_cpu(options):
+    torch._dynamo.reset()
+    inputs = make_inputs("cpu")
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(
+        gradients(compiled, *inputs, **options), gradients(step, *inputs, **options), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_fullgraph_on_a_gpu(options):
+    torch._dynamo.reset()
+    inputs = make_inputs("cuda")
+    compiled = torch.compile(step, fullgraph=True)
+    for actual, expected in zip(
+        gradients(compiled, *inputs, **options), gradients(step, *inputs, **options), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_cuda_graph_captures_forward_and_backward(options):
+    table, head, groups = make_inputs("cuda")
+    table.requires_grad_()
+    head.requires_grad_()
+    if "slot_weights" in options:
+        options = {**options, "slot_weights": torch.tensor(options["slot_weights"], device="cuda")}
+
+    def run():
+        table.grad = head.grad = None
+        loss, _ = step(table, head, groups, **options)
+        loss.backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = run()
+    static = loss, table.grad, head.grad
+    with torch.no_grad():
+        table.mul_(0.5)
+        groups.copy_(groups.flip(0))
+    graph.replay()
+    replayed = [tensor.clone() for tensor in static]
+    expected = run(), table.grad, head.grad
+    for actual, value in zip(replayed, expected, strict=True):
+        assert torch.equal(actual, value)
+
+
+@pytest.mark.gpu
+def test_no_host_synchronisation():
+    table, head, groups = make_inputs("cuda")
+    gradients(step, table, head, groups)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for options in OPTIONS:
+            gradients(step, table, head, groups, **{k: v for k, v in options.items() if k != "slot_weights"})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_activation_checkpointing(device):
+    table, head, groups = make_inputs(device)
+    plain = gradients(step, table, head, groups)
+    kept = gradients(lambda *a: checkpoint(step, *a, use_reentrant=False), table, head, groups)
+    for actual, expected in zip(kept, plain, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_autocast_leaves_the_loss_in_fp32(device):
+    table, head, groups = make_inputs(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss, lse = step(table.requires_grad_(), head.requires_grad_(), groups)
+    loss.backward()
+    assert loss.dtype == lse.dtype == table.grad.dtype == head.grad.dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one():
+    inputs = make_inputs("cuda:1")
+    assert gradients(step, *inputs)[0].device.index == 1

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+import npp_kernels
+
+
+def test_embedding_is_an_embedding(device):
+    plain = torch.nn.Embedding(20, 8, padding_idx=3, device=device)
+    ours = npp_kernels.PatchEmbedding(20, 8, padding_idx=3, device=device)
+    ours.load_state_dict(plain.state_dict())
+    ids = torch.randint(20, (5, 1), device=device)
+    ids[0] = 3
+    assert torch.equal(ours(ids), plain(ids[:, 0]).masked_fill(ids == 3, 0))
+    ours(ids).sum().backward()
+    assert ours.weight.grad[3].abs().sum() == 0
+    assert npp_kernels.PatchEmbedding.from_pretrained(plain.weight.detach())(ids).shape == (5, 8)
+    with pytest.raises(ValueError, match="max_norm: expected max_norm to be off"):
+        npp_kernels.PatchEmbedding(20, 8, max_norm=1.0)
+
+
+def test_losses_equal_the_functions(device):
+    logits = torch.randn(2, 6, 20, device=device)
+    hidden, weight = torch.randn(2, 6, 8, device=device), torch.randn(20, 8, device=device)
+    groups = torch.randint(20, (2, 6, 4), device=device)
+    slot_weights = [1.0, 0.5, 0.25, 0.125]
+    options = {"normalize": "slot", "label_smoothing": 0.1, "z_loss": 0.01}
+    criterion = npp_kernels.PatchCrossEntropyLoss(slot_weights, **options).to(device)
+    expected = npp_kernels.patch_cross_entropy(logits, groups, slot_weights=slot_weights, **options)
+    assert torch.equal(criterion(logits, groups), expected)
+    assert criterion.state_dict() == {}
+    linear = npp_kernels.LinearPatchCrossEntropyLoss(slot_weights, chunk_rows=5, **options).to(device)
+    expected = npp_kernels.linear_patch_cross_entropy(
+        hidden, weight, groups, slot_weights=slot_weights, chunk_rows=5, **options
+    )
+    assert torch.equal(linear(hidden, weight, groups), expected)
+    assert "label_smoothing=0.1" in repr(linear)
+    counted = npp_kernels.PatchCrossEntropyLoss()(logits, groups, num_targets=7)
+    assert torch.equal(counted, npp_kernels.patch_cross_entropy(logits, groups, num_targets=7))

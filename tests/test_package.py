@@ -1,0 +1,76 @@
+"""The package as a whole: its documented examples, and the arrows between its modules."""
+
+import ast
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import npp_kernels
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(path.stem for path in (ROOT / "npp_kernels").glob("*.py"))
+
+# Who may import whom, as CONTRIBUTING draws it: only what stands further down, never upwards or sideways, but for the
+# loss on hidden states, which builds on the loss on logits.
+LAYERS = [
+    {"__init__"},
+    {"modules"},
+    {"linear_patch_cross_entropy"},
+    {"group_mean", "patch_mean", "patch_cross_entropy"},
+    {"_loss_kernels", "_segments"},
+    {"_triton_math", "_dispatch", "_autograd", "grouping", "schedule"},
+    {"_checks"},
+]
+
+
+def imported(path):
+    """Return the modules that a file imports, by full name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_in_docstrings(module):
+    name = "npp_kernels" if module == "__init__" else f"npp_kernels.{module}"
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module):
+    layer = next(index for index, names in enumerate(LAYERS) if module in names)
+    below = set().union(*LAYERS[layer + 1 :])
+    for name in imported(ROOT / "npp_kernels" / f"{module}.py"):
+        top, _, rest = name.partition(".")
+        assert top not in ("reference", "bench", "tests"), f"{module} imports {name}"
+        if top == "npp_kernels":
+            assert rest in below, f"{module} imports {name}"
+
+
+def test_the_specification_stands_alone():
+    assert imported(ROOT / "reference" / "ops.py") <= {
+        "__future__", "collections.abc", "typing", "torch", "torch.nn.functional", "einops",
+    }  # fmt: skip
+
+
+def test_public_names_are_documented():
+    for name in npp_kernels.__all__:
+        text = getattr(npp_kernels, name).__doc__
+        assert text, name
+        assert ">>>" in text or "Stats" in name or name == "Stage", f"{name} has no example"
+
+
+def test_readme_snippets_run():
+    text = (ROOT / "README.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})

@@ -1,0 +1,85 @@
+import einops
+import pytest
+import torch
+
+import npp_kernels
+import reference.ops as reference
+from tests.budget import assert_within_budget
+from tests.conftest import INTERPRETED
+
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # the interpreter truncates bfloat16
+
+
+def run(function, embeddings, patch, upstream, **options):
+    embeddings = embeddings.detach().clone().requires_grad_()
+    out = function(embeddings, patch, **options)
+    out.backward(upstream.to(out.dtype))
+    return out, embeddings.grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "patch"),
+    [
+        ((2, 8, 8, 16), (2, 2)),  # aligned
+        ((3, 6, 4, 37), (3, 2)),  # an oblong patch, odd width
+        ((2, 3, 8, 8, 5), (8, 8)),  # one patch, two leading axes
+        ((1, 4, 4, 600), (1, 4)),  # several blocks of columns
+    ],
+)
+def test_within_budget(device, dtype, shape, patch):
+    embeddings = torch.randn(shape, device=device).to(dtype)
+    upstream = torch.randn_like(reference.patch_mean(embeddings, patch))
+    wide = torch.promote_types(dtype, torch.float32)
+    actual = run(npp_kernels.patch_mean, embeddings, patch, upstream)
+    eager = [t.to(dtype) for t in run(reference.patch_mean, embeddings.to(wide), patch, upstream)]
+    oracle = run(reference.patch_mean, embeddings.double(), patch, upstream.double())
+    for what, *three in zip(("out", "grad_embeddings"), actual, eager, oracle, strict=True):
+        assert_within_budget(*three, what=what)
+
+
+def test_other_ranks(device):
+    video = torch.randn(2, 4, 6, 4, 3, device=device)
+    expected = einops.reduce(video, "b (t x) (h y) (w z) d -> b (t h w) d", "mean", x=2, y=3, z=2)
+    torch.testing.assert_close(npp_kernels.patch_mean(video, (2, 3, 2)), expected)
+    text = torch.randn(2, 12, 5, device=device)
+    torch.testing.assert_close(npp_kernels.patch_mean(text, (4,)), text.view(2, 3, 4, 5).mean(2))
+
+
+def test_flat_and_strided(device):
+    embeddings = torch.randn(2, 5, 4, 6, device=device).permute(0, 2, 3, 1)
+    flat = embeddings.reshape(2, 24, 5)
+    expected = reference.patch_mean(embeddings, (2, 3))
+    torch.testing.assert_close(npp_kernels.patch_mean(embeddings, (2, 3)), expected)
+    torch.testing.assert_close(npp_kernels.patch_mean(flat, (2, 3), grid=(4, 6)), expected)
+
+
+def test_equals_group_mean_of_the_same_embeddings(device):
+    table = torch.randn(30, 8, device=device)
+    tokens = torch.randint(30, (2, 4, 4), device=device)
+    torch.testing.assert_close(
+        npp_kernels.patch_mean(table[tokens], 2), npp_kernels.group_mean(table, npp_kernels.group_tokens(tokens, 2))
+    )
+
+
+def test_one_token_and_empty(device):
+    embeddings = torch.randn(2, 4, 4, 3, device=device)
+    assert torch.equal(npp_kernels.patch_mean(embeddings, 1), embeddings.view(2, 16, 3))
+    assert npp_kernels.patch_mean(embeddings[:0], 2).shape == (0, 4, 3)
+
+
+def test_gradcheck():
+    embeddings = torch.randn(2, 4, 6, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda e: npp_kernels.patch_mean(e, (2, 3)), embeddings)
+    assert torch.autograd.gradcheck(lambda e: reference.patch_mean(e, (2, 3)), embeddings)
+
+
+def test_errors():
+    with pytest.raises(TypeError, match=r"embeddings: expected float32.*int64"):
+        npp_kernels.patch_mean(torch.zeros(4, 4, 3, dtype=torch.int64), 2)
+    with pytest.raises(ValueError, match=r"embeddings: expected .*got shape \(4,\)"):
+        npp_kernels.patch_mean(torch.zeros(4), 2)
+    with pytest.raises(ValueError, match="does not divide 5"):
+        npp_kernels.patch_mean(torch.zeros(5, 4, 3), 2)
+    with pytest.raises(ValueError, match="grid: expected embeddings to end in"):
+        npp_kernels.patch_mean(torch.zeros(1, 15, 3), 2, grid=(4, 4))
