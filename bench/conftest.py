@@ -72,7 +72,7 @@ class ProgressBar:
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         """Leave out pytest's own mark of a test; its summary at the end keeps its words."""
-        if report.when != "call" and not report.failed:
+        if report.when != "call" and report.passed:
             return "", "", ""
         category = "xfailed" if hasattr(report, "wasxfail") else report.outcome
         return category, "", category.upper()
