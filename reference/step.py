@@ -194,6 +194,7 @@ class TrainStep:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph's memory is its own: leave it what the warm-up no longer needs
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The thread that pins the loader's memory calls CUDA at any time, and must not end this capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._compute(patch)
         return graph

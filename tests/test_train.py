@@ -2,6 +2,7 @@
 
 import csv
 import doctest
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import reference.config
 import reference.optimizer
 import reference.step
 from npp_kernels import group_tokens
-from reference import train
+from reference import step_time, train
 from reference.checkpoint import checkpoints, load_latest
 from reference.codes import load_dataset
 from reference.config import TrainConfig, parse
@@ -65,7 +66,7 @@ def assert_same_weights(step, other, **tolerance):
 FP32 = StepConfig(precision="fp32", compile="off")
 
 
-@pytest.mark.parametrize("module", [reference.config, reference.optimizer, reference.step])
+@pytest.mark.parametrize("module", [reference.config, reference.optimizer, reference.step, step_time])
 def test_docstrings_run(module):
     assert doctest.testmod(module).failed == 0
 
@@ -305,6 +306,22 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"levels: expected 2, as in the run in .*, got 1"):
         train.main([*arguments, "--levels", "1"])
     assert train.main([*arguments, "--log-every", "1"]) == 0  # finished already, and nothing that counts has changed
+
+
+def test_step_time_goes_on_after_a_cell_that_fails(tmp_path, capsys):
+    fixed = ["--models", "tiny", "--images", "2", "--steps", "2", "--vocab-size", "64", "--compile", "off"]
+    arguments = [*fixed, "--precision", "autocast", "--json", str(tmp_path / "times.json")]
+    assert step_time.main([*arguments, "--patches", "3,2", "--grid", "4"]) == 1
+    assert step_time.main([*arguments, "--patches", "1", "--grid", "4"]) == 0
+    cells = json.loads((tmp_path / "times.json").read_text())["cells"]
+    found = {(cell["patch"], cell["formulation"]): cell for cell in cells}
+    assert len(found) == len(cells) == 6
+    assert "does not divide" in found[3, "ours"]["error"]
+    for patch in (2, 1):
+        ours, official = found[patch, "ours"], found[patch, "official"]
+        assert ours["loss"] == pytest.approx(official["loss"], rel=1e-2)
+        assert ours["median_ms"] > 0
+    assert "| tiny | 2 | 2 |" in capsys.readouterr().out  # the cost of two levels
 
 
 @pytest.mark.gpu
