@@ -22,7 +22,7 @@ def runs_kernels(tensor: Tensor) -> bool:
 
 def launch_device(tensor: Tensor) -> AbstractContextManager:
     """Return a context in which Triton launches on the tensor's GPU, which need not be the current one."""
-    if not tensor.is_cuda or torch.compiler.is_compiling():
+    if not tensor.is_cuda or torch.compiler.is_compiling() or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
 

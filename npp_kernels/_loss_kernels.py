@@ -19,11 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from npp_kernels._dispatch import launch_device, num_multiprocessors
-from npp_kernels._triton_math import cap_derivative, capped
+from npp_kernels._triton_math import cap_derivative, capped, exp
 
 MAX_REGISTER_VOCAB = 32768
-WIDE_BLOCK = 16384
-WIDE_LANES = 4096
+WIDE_BLOCK = 32768
+MAX_OPTIONS_BLOCK = 8192
+WARP_ELEMENTS = 1024
 GRADIENT_BLOCK = 4096
 GRADIENT_PROGRAMS = 8
 COUNT_BLOCK = 2048
@@ -124,7 +125,7 @@ def _penalty_scale(totals_ptr, counted, z_loss, NUM_PARTIALS: tl.constexpr, BLOC
 @triton.jit
 def _store_target_gradients(
     grad_row, groups_row, targets, coefficients, in_range, target_logits, lse, softmax_weight, spread, smoothing_rest,
-    softcap, GROUP_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
+    softcap, PRECISE: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
 ):  # fmt: skip
     """Overwrite a row's gradient at its targets, after the rest of it is written.
 
@@ -139,7 +140,7 @@ def _store_target_gradients(
         picked = tl.sum(tl.where(slots[:, None] == others[None, :], coefficients[:, None], 0.0), axis=0)
         equal = (targets[:, None] == other_targets[None, :]) & (others < GROUP_SIZE)[None, :]
         own += tl.sum(tl.where(equal, picked[None, :], 0.0), axis=1)
-    gradient = softmax_weight * tl.exp(target_logits - lse) - spread - smoothing_rest * own
+    gradient = softmax_weight * exp(target_logits - lse, PRECISE) - spread - smoothing_rest * own
     if softcap is not None:
         gradient = gradient * cap_derivative(target_logits, softcap)
     tl.store(grad_row + targets, gradient.to(grad_row.dtype.element_ty), mask=in_range)
@@ -173,6 +174,7 @@ def _loss_kernel(
     LANES: tl.constexpr,
 ):
     """One program scores one row against its targets and, where asked, writes the row's gradient."""
+    PRECISE: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits_ptr + row * logits_stride
     targets, coefficients, counted, in_range = _load_targets(
@@ -190,7 +192,7 @@ def _loss_kernel(
         raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
         logits = tl.where(mask, capped(raw, softcap), float("-inf"))
         maximum = tl.max(tl.max(logits, axis=0), axis=0)
-        exponentials = tl.exp(logits - maximum)
+        exponentials = exp(logits - maximum, PRECISE)
         total = tl.sum(tl.sum(exponentials, axis=0), axis=0)
         if label_smoothing is not None:
             logit_sum = tl.sum(tl.sum(tl.where(mask, logits, 0.0), axis=0), axis=0)
@@ -213,8 +215,8 @@ def _loss_kernel(
             raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
             logits = tl.where(mask, capped(raw, softcap), float("-inf"))
             new_max = tl.maximum(lane_max, tl.max(logits, axis=0))
-            rescale = tl.exp(lane_max - new_max)
-            exponentials = tl.exp(logits - new_max[None, :])
+            rescale = exp(lane_max - new_max, PRECISE)
+            exponentials = exp(logits - new_max[None, :], PRECISE)
             if WITH_STATS:
                 weighted = tl.where(exponentials > 0, exponentials * (logits - new_max[None, :]), 0.0)
                 shifted = lane_weighted + (lane_max - new_max) * lane_total
@@ -228,11 +230,11 @@ def _loss_kernel(
             if label_smoothing is not None:
                 lane_sum += tl.sum(tl.where(mask, logits, 0.0), axis=0)
         maximum = tl.max(lane_max, axis=0)
-        total = tl.sum(lane_total * tl.exp(lane_max - maximum), axis=0)
+        total = tl.sum(lane_total * exp(lane_max - maximum, PRECISE), axis=0)
         logit_sum = tl.sum(lane_sum, axis=0)
         if WITH_STATS:
             shifted = lane_weighted + (lane_max - maximum) * lane_total
-            weighted_sum = tl.sum(tl.where(lane_total > 0, tl.exp(lane_max - maximum) * shifted, 0.0), axis=0)
+            weighted_sum = tl.sum(tl.where(lane_total > 0, exp(lane_max - maximum, PRECISE) * shifted, 0.0), axis=0)
             best = tl.max(lane_best, axis=0)
             arg_max = tl.min(tl.where(lane_best == best, lane_arg, vocab_size), axis=0)
 
@@ -279,7 +281,7 @@ def _loss_kernel(
                 mask = offsets < vocab_size
                 raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
                 logits = tl.where(mask, capped(raw, softcap), float("-inf"))
-                gradient = softmax_weight * tl.exp(logits - lse) - spread
+                gradient = softmax_weight * exp(logits - lse, PRECISE) - spread
                 if softcap is not None:
                     gradient = gradient * cap_derivative(logits, softcap)
                 gradient = tl.where(idle, 0.0, gradient)
@@ -288,7 +290,7 @@ def _loss_kernel(
         if idle == 0:
             _store_target_gradients(
                 grad_row, groups_ptr + row * GROUP_SIZE, targets, coefficients, in_range, target_logits, lse,
-                softmax_weight, spread, smoothing_rest, softcap, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS,
+                softmax_weight, spread, smoothing_rest, softcap, PRECISE, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS,
             )  # fmt: skip
 
 
@@ -323,6 +325,7 @@ def _gradient_kernel(
 
     With SKIP_UNIT the gradient for an upstream of 1 is there already, and there is nothing to do if it is 1.
     """
+    PRECISE: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
     blocks = tl.cdiv(vocab_size, BLOCK_VOCAB)
     num_tasks = num_rows.to(tl.int64) * blocks
     upstream = 1.0
@@ -362,7 +365,7 @@ def _gradient_kernel(
         raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
         tl.debug_barrier()  # in place, a target's logit is read before its neighbours' gradients are written
         logits = capped(raw, softcap)
-        gradient = softmax_weight * tl.exp(logits - lse) - spread
+        gradient = softmax_weight * exp(logits - lse, PRECISE) - spread
         if softcap is not None:
             gradient = gradient * cap_derivative(logits, softcap)
         # Unequal upstream gradients can cancel in the sum; a row is idle only where every coefficient is 0.
@@ -373,7 +376,7 @@ def _gradient_kernel(
         if idle == 0:
             _store_target_gradients(
                 grad_row, groups_ptr + row * GROUP_SIZE, targets, coefficients, in_block, target_logits, lse,
-                softmax_weight, spread, smoothing_rest, softcap, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS,
+                softmax_weight, spread, smoothing_rest, softcap, PRECISE, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS,
             )  # fmt: skip
 
 
@@ -411,18 +414,19 @@ def _slot_options(group_size: int, totals: Tensor | None) -> dict[str, int]:
     }
 
 
-def _row_options(vocab_size: int) -> dict[str, Any]:
-    """Return the tiling of a row of logits."""
+def _row_options(vocab_size: int, many_values: bool) -> dict[str, Any]:
+    """Return the tiling of a row of logits; ``many_values`` where an option keeps more than the logits in registers."""
     block_vocab = max(triton.next_power_of_2(vocab_size), 32)
-    if vocab_size <= MAX_REGISTER_VOCAB:
-        num_warps = min(max(block_vocab // 1024, 1), 16)
-        return {
-            "ONE_BLOCK": True,
-            "BLOCK_VOCAB": block_vocab,
-            "LANES": min(block_vocab, num_warps * 256),
-            "num_warps": num_warps,
-        }
-    return {"ONE_BLOCK": False, "BLOCK_VOCAB": WIDE_BLOCK, "LANES": WIDE_LANES, "num_warps": 16}
+    one_block = vocab_size <= (MAX_OPTIONS_BLOCK if many_values else MAX_REGISTER_VOCAB)
+    if not one_block:
+        block_vocab = MAX_OPTIONS_BLOCK if many_values else WIDE_BLOCK
+    num_warps = min(max(block_vocab // WARP_ELEMENTS, 1), 32)
+    return {
+        "ONE_BLOCK": one_block,
+        "BLOCK_VOCAB": block_vocab,
+        "LANES": min(block_vocab, num_warps * 256),
+        "num_warps": num_warps,
+    }
 
 
 def count_targets(groups: Tensor, slot_weights: Tensor | None, ignore_index: int) -> Tensor:
@@ -463,6 +467,7 @@ def launch_loss(
     the gradient ``grad [N, V]`` for an upstream of 1, where those are given. ``grad`` may be ``logits``.
     """
     num_rows, vocab_size = logits.shape
+    many_values = stats or settings.label_smoothing is not None or settings.softcap is not None
     with launch_device(logits):
         _loss_kernel[(num_rows,)](
             logits,
@@ -482,7 +487,7 @@ def launch_loss(
             NORMALIZE=settings.normalize,
             WITH_STATS=stats,
             **_slot_options(groups.shape[1], totals),
-            **_row_options(vocab_size),
+            **_row_options(vocab_size, many_values),
         )
 
 

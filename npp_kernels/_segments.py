@@ -29,7 +29,8 @@ RANK_SORT_LIMIT = 8192
 RANK_BLOCK = 32
 RANK_OTHERS = 128
 DIGIT_BITS = 8
-TILE_SIZE = 512
+TILE_SIZE = 256
+TILE_OTHERS = 32
 STARTS_BLOCK = 256
 
 
@@ -67,7 +68,8 @@ def _rank_sort_kernel(
     positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = positions < num_ids
     keys = _load_keys(ids_ptr, positions, mask, vocab_size, ignore_index, HAS_IGNORED)
-    ranks = tl.zeros([BLOCK], tl.int32)
+    # Counted in a tile, and summed across threads once, at the end.
+    earlier = tl.zeros([BLOCK, BLOCK_OTHERS], tl.int32)
     for first in range(0, num_ids, BLOCK_OTHERS):
         other_positions = first + tl.arange(0, BLOCK_OTHERS)
         other_mask = other_positions < num_ids
@@ -76,7 +78,8 @@ def _rank_sort_kernel(
         before = (others[None, :] < keys[:, None]) | (
             (others[None, :] == keys[:, None]) & (other_positions[None, :] < positions[:, None])
         )
-        ranks += tl.sum((before & other_mask[None, :]).to(tl.int32), axis=1)
+        earlier += (before & other_mask[None, :]).to(tl.int32)
+    ranks = tl.sum(earlier, axis=1)
     tl.store(keys_ptr + ranks, keys, mask=mask)
     tl.store(order_ptr + ranks, positions, mask=mask)
 
@@ -160,15 +163,16 @@ def _digit_scatter_kernel(
         mask = offsets < num_ids
         keys = _load_pass_keys(ids_ptr, offsets, mask, vocab_size, ignore_index, FIRST_PASS, HAS_IGNORED)
         digit = (keys >> SHIFT) & (RADIX - 1)
-        rank = tl.zeros([TILE], tl.int32)
+        # Counted in a tile, and summed across threads once, at the end.
+        earlier = tl.zeros([TILE, BLOCK_OTHERS], tl.int32)
         for first in range(0, TILE, BLOCK_OTHERS):
             others = base + first + tl.arange(0, BLOCK_OTHERS)
             other_mask = others < num_ids
             other_keys = _load_pass_keys(ids_ptr, others, other_mask, vocab_size, ignore_index, FIRST_PASS, HAS_IGNORED)
             other_digit = (other_keys >> SHIFT) & (RADIX - 1)
             same = (other_digit[None, :] == digit[:, None]) & (others[None, :] < offsets[:, None])
-            rank += tl.sum((same & other_mask[None, :]).to(tl.int32), axis=1)
-        place = tl.gather(next_place, digit, 0) + rank
+            earlier += (same & other_mask[None, :]).to(tl.int32)
+        place = tl.gather(next_place, digit, 0) + tl.sum(earlier, axis=1)
         if FIRST_PASS:
             positions = offsets
         else:
@@ -233,7 +237,7 @@ def _radix_sort(ids: Tensor, vocab_size: int, ignore_index: int | None, num_ids:
             vocab_size,
             ignored,
             BLOCK_TILES=16,
-            BLOCK_OTHERS=32,
+            BLOCK_OTHERS=TILE_OTHERS,
             num_warps=8,
             **options,
         )

@@ -8,8 +8,8 @@ while the table fits there. Bytes backward: the gradient once (K times from the 
 
 The backward is a gather too: `find_segments` lists the positions of every id in a stable order, and each row of the
 table's gradient sums its own segment, in fp32 and always in that order, so that the result is the same bit for bit at
-every run. A frequent id would make one program sum for long, so segments are cut: `_chunk_sums_kernel` first sums each
-aligned chunk of the order that lies inside one segment, and `_table_gradient_kernel` adds whole chunks up.
+every run. A row with few ids is summed by one warp. A frequent id would keep one program busy for long, so the order is
+cut into chunks: `_chunk_sums_kernel` sums each chunk that is all one id, and `_frequent_rows_kernel` adds those up.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from npp_kernels._checks import (
 from npp_kernels._dispatch import launch_device, runs_kernels
 from npp_kernels._segments import find_segments
 
-BLOCK_ELEMENTS = 2048
+BLOCK_ELEMENTS = 4096
 MAX_BLOCK_HIDDEN = 256
 UNROLLED_SLOTS = 8
 CHUNK_SIZE = 128
-CHUNK_ROWS = 16
-SEGMENT_ROWS = 4
+FREQUENT_ROWS = 32
+RARE_ROWS = 4
+RARE_BLOCK_HIDDEN = 512
 
 
 @triton.jit
@@ -146,6 +147,20 @@ def _sum_positions(
 
 
 @triton.jit
+def _store_row(
+    grad_table_ptr, row, total, columns, column_mask, hidden_size, GROUP_SIZE: tl.constexpr, HAS_IGNORED: tl.constexpr
+):
+    """Store one row of the table's gradient; where every group has all its ids, the mean is divided here, once."""
+    if not HAS_IGNORED:
+        total = total * (1.0 / GROUP_SIZE)
+    tl.store(
+        grad_table_ptr + row.to(tl.int64) * hidden_size + columns,
+        total.to(grad_table_ptr.dtype.element_ty),
+        mask=column_mask,
+    )
+
+
+@triton.jit
 def _chunk_sums_kernel(
     grad_ptr,  # [num_groups, hidden_size]
     keys_ptr,  # [num_ids]
@@ -176,61 +191,78 @@ def _chunk_sums_kernel(
 
 
 @triton.jit
-def _table_gradient_kernel(
+def _frequent_rows_kernel(
     grad_ptr,  # [num_groups, hidden_size]
+    keys_ptr,  # [num_ids]
     order_ptr,  # [num_ids]
     starts_ptr,  # [vocab_size + 1]
     counts_ptr,  # [num_groups]
     sums_ptr,  # [num_ids // CHUNK, hidden_size]
-    grad_table_ptr,  # [vocab_size, hidden_size] out
+    grad_table_ptr,  # [vocab_size, hidden_size] out: the rows whose segment has a whole chunk
+    vocab_size,
     hidden_size,
     GROUP_SIZE: tl.constexpr,
     HAS_IGNORED: tl.constexpr,
-    HAS_CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNK_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
-    """One program writes BLOCK_HIDDEN columns of one row of the table's gradient, accumulating in fp32."""
-    row = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-    column_mask = columns < hidden_size
-    first = tl.load(starts_ptr + row)
-    last = tl.load(starts_ptr + row + 1)
-
-    head_end = last
-    if HAS_CHUNKS:
-        first_chunk = tl.cdiv(first, CHUNK)
-        last_chunk = last // CHUNK
-        if first_chunk < last_chunk:
-            head_end = first_chunk * CHUNK
-    total = _sum_positions(
-        grad_ptr, order_ptr, counts_ptr, first, head_end, columns, column_mask, hidden_size,
-        GROUP_SIZE, HAS_IGNORED, ROWS,
-    )  # fmt: skip
-    if HAS_CHUNKS:
-        if first_chunk < last_chunk:
-            partial = tl.zeros([CHUNK_ROWS, BLOCK_HIDDEN], tl.float32)
-            for base in range(first_chunk, last_chunk, CHUNK_ROWS):
-                chunks = (base + tl.arange(0, CHUNK_ROWS)).to(tl.int64)
+    """One program writes BLOCK_HIDDEN columns of one row, if its chunk is the first whole one of that row's segment."""
+    chunk = tl.program_id(0)
+    key = tl.load(keys_ptr + chunk * CHUNK)
+    if (key == tl.load(keys_ptr + chunk * CHUNK + CHUNK - 1)) & (key < vocab_size):
+        first = tl.load(starts_ptr + key)
+        last = tl.load(starts_ptr + key + 1)
+        if first > (chunk - 1) * CHUNK:
+            columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+            column_mask = columns < hidden_size
+            last_chunk = last // CHUNK
+            partial = tl.zeros([ROWS, BLOCK_HIDDEN], tl.float32)
+            for base in range(chunk, last_chunk, ROWS):
+                chunks = (base + tl.arange(0, ROWS)).to(tl.int64)
                 partial += tl.load(
                     sums_ptr + chunks[:, None] * hidden_size + columns[None, :],
                     mask=(chunks < last_chunk)[:, None] & column_mask[None, :],
                     other=0.0,
                 )
-            total += tl.sum(partial, axis=0)
+            total = tl.sum(partial, axis=0)
+            total += _sum_positions(
+                grad_ptr, order_ptr, counts_ptr, first, chunk * CHUNK, columns, column_mask, hidden_size,
+                GROUP_SIZE, HAS_IGNORED, ROWS,
+            )  # fmt: skip
             total += _sum_positions(
                 grad_ptr, order_ptr, counts_ptr, last_chunk * CHUNK, last, columns, column_mask, hidden_size,
                 GROUP_SIZE, HAS_IGNORED, ROWS,
             )  # fmt: skip
-    if not HAS_IGNORED:
-        total = total * (1.0 / GROUP_SIZE)
-    tl.store(
-        grad_table_ptr + row.to(tl.int64) * hidden_size + columns,
-        total.to(grad_table_ptr.dtype.element_ty),
-        mask=column_mask,
-    )
+            _store_row(grad_table_ptr, key, total, columns, column_mask, hidden_size, GROUP_SIZE, HAS_IGNORED)
+
+
+@triton.jit
+def _rare_rows_kernel(
+    grad_ptr,  # [num_groups, hidden_size]
+    order_ptr,  # [num_ids]
+    starts_ptr,  # [vocab_size + 1]
+    counts_ptr,  # [num_groups]
+    grad_table_ptr,  # [vocab_size, hidden_size] out: the rows whose segment has no whole chunk
+    hidden_size,
+    GROUP_SIZE: tl.constexpr,
+    HAS_IGNORED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    """One program writes BLOCK_HIDDEN columns of one row of the table's gradient, accumulating in fp32."""
+    row = tl.program_id(0)
+    first = tl.load(starts_ptr + row)
+    last = tl.load(starts_ptr + row + 1)
+    if tl.cdiv(first, CHUNK) >= last // CHUNK:
+        columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+        column_mask = columns < hidden_size
+        total = _sum_positions(
+            grad_ptr, order_ptr, counts_ptr, first, last, columns, column_mask, hidden_size,
+            GROUP_SIZE, HAS_IGNORED, ROWS,
+        )  # fmt: skip
+        _store_row(grad_table_ptr, row, total, columns, column_mask, hidden_size, GROUP_SIZE, HAS_IGNORED)
 
 
 def _launch_forward(
@@ -275,44 +307,32 @@ def _launch_backward(
     grad_table = torch.empty((vocab_size, hidden_size), dtype=dtype, device=grad.device)
     if groups.numel() == 0 or grad_table.numel() == 0:
         return grad_table.zero_()
-    block_hidden = min(triton.next_power_of_2(hidden_size), MAX_BLOCK_HIDDEN)
-    hidden_blocks = triton.cdiv(hidden_size, block_hidden)
-    has_chunks = groups.numel() >= 4 * CHUNK_SIZE
-    num_chunks = groups.numel() // CHUNK_SIZE if has_chunks else 0
-    options = {
-        "GROUP_SIZE": group_size,
-        "HAS_IGNORED": counts is not None,
-        "CHUNK": CHUNK_SIZE,
-        "BLOCK_HIDDEN": block_hidden,
-    }
+    num_chunks = groups.numel() // CHUNK_SIZE
+    options = {"GROUP_SIZE": group_size, "HAS_IGNORED": counts is not None, "CHUNK": CHUNK_SIZE}
     with launch_device(grad):
-        segments = find_segments(groups, vocab_size, ignore_index)
-        sums = torch.empty((num_chunks, hidden_size), dtype=torch.float32, device=grad.device) if has_chunks else None
-        if has_chunks:
-            _chunk_sums_kernel[(num_chunks, hidden_blocks)](
-                grad,
-                segments.keys,
-                segments.order,
-                counts,
-                sums,
-                vocab_size,
-                hidden_size,
-                ROWS=CHUNK_ROWS,
-                **options,
-            )
-        _table_gradient_kernel[(vocab_size, hidden_blocks)](
+        keys, order, starts = find_segments(groups, vocab_size, ignore_index)
+        block_hidden = min(triton.next_power_of_2(hidden_size), RARE_BLOCK_HIDDEN)
+        _rare_rows_kernel[(vocab_size, triton.cdiv(hidden_size, block_hidden))](
             grad,
-            segments.order,
-            segments.starts,
+            order,
+            starts,
             counts,
-            sums,
             grad_table,
             hidden_size,
-            HAS_CHUNKS=has_chunks,
-            CHUNK_ROWS=CHUNK_ROWS,
-            ROWS=SEGMENT_ROWS,
+            ROWS=RARE_ROWS,
+            BLOCK_HIDDEN=block_hidden,
+            num_warps=1,
             **options,
         )
+        if num_chunks:
+            block_hidden = min(triton.next_power_of_2(hidden_size), MAX_BLOCK_HIDDEN)
+            grid = (num_chunks, triton.cdiv(hidden_size, block_hidden))
+            sums = torch.empty((num_chunks, hidden_size), dtype=torch.float32, device=grad.device)
+            options |= {"ROWS": FREQUENT_ROWS, "BLOCK_HIDDEN": block_hidden, "num_warps": 8}
+            _chunk_sums_kernel[grid](grad, keys, order, counts, sums, vocab_size, hidden_size, **options)
+            _frequent_rows_kernel[grid](
+                grad, keys, order, starts, counts, sums, grad_table, vocab_size, hidden_size, **options
+            )
     return grad_table
 
 

@@ -17,14 +17,16 @@ from triton.compiler import ASTSource
 
 from npp_kernels import _loss_kernels, _segments
 from npp_kernels.group_mean import (
-    CHUNK_ROWS,
     CHUNK_SIZE,
+    FREQUENT_ROWS,
     MAX_BLOCK_HIDDEN,
-    SEGMENT_ROWS,
+    RARE_BLOCK_HIDDEN,
+    RARE_ROWS,
     UNROLLED_SLOTS,
     _chunk_sums_kernel,
+    _frequent_rows_kernel,
     _group_mean_kernel,
-    _table_gradient_kernel,
+    _rare_rows_kernel,
 )
 from npp_kernels.patch_mean import _patch_mean_kernel
 from tests.conftest import INTERPRETED
@@ -79,8 +81,9 @@ def resources(compiled, tmp_path):
 def group_mean_arguments(dtype, group_size, ignored):
     block_hidden = MAX_BLOCK_HIDDEN
     return {
-        "table_ptr": f"*{dtype}", "groups_ptr": "*i64", "out_ptr": f"*{dtype}", "counts_ptr": "*fp32" if ignored else None,
-        "num_groups": "i32", "vocab_size": "i32", "hidden_size": "i32", "row_stride": "i32", "ignore_index": "i32",
+        "table_ptr": f"*{dtype}", "groups_ptr": "*i64", "out_ptr": f"*{dtype}",
+        "counts_ptr": "*fp32" if ignored else None, "num_groups": "i32", "vocab_size": "i32", "hidden_size": "i32",
+        "row_stride": "i32", "ignore_index": "i32",
         "GROUP_SIZE": group_size, "HAS_IGNORED": ignored, "BLOCK_GROUPS": 2, "BLOCK_HIDDEN": block_hidden,
         "UNROLL": UNROLLED_SLOTS,
     }  # fmt: skip
@@ -88,22 +91,28 @@ def group_mean_arguments(dtype, group_size, ignored):
 
 def segment_arguments(dtype, group_size, ignored):
     return {
-        "grad_ptr": f"*{dtype}", "order_ptr": "*i32", "counts_ptr": "*fp32" if ignored else None, "sums_ptr": "*fp32",
-        "hidden_size": "i32", "GROUP_SIZE": group_size, "HAS_IGNORED": ignored, "CHUNK": CHUNK_SIZE,
-        "BLOCK_HIDDEN": MAX_BLOCK_HIDDEN,
+        "grad_ptr": f"*{dtype}", "order_ptr": "*i32", "counts_ptr": "*fp32" if ignored else None, "hidden_size": "i32",
+        "GROUP_SIZE": group_size, "HAS_IGNORED": ignored, "CHUNK": CHUNK_SIZE,
     }  # fmt: skip
 
 
 def chunk_sums_arguments(dtype, group_size, ignored):
     return {
-        **segment_arguments(dtype, group_size, ignored), "keys_ptr": "*i32", "vocab_size": "i32", "ROWS": CHUNK_ROWS,
+        **segment_arguments(dtype, group_size, ignored), "keys_ptr": "*i32", "sums_ptr": "*fp32", "vocab_size": "i32",
+        "ROWS": FREQUENT_ROWS, "BLOCK_HIDDEN": MAX_BLOCK_HIDDEN, "num_warps": 8,
     }  # fmt: skip
 
 
-def table_gradient_arguments(dtype, group_size, ignored):
+def frequent_rows_arguments(dtype, group_size, ignored):
+    return {
+        **chunk_sums_arguments(dtype, group_size, ignored), "starts_ptr": "*i32", "grad_table_ptr": f"*{dtype}",
+    }  # fmt: skip
+
+
+def rare_rows_arguments(dtype, group_size, ignored):
     return {
         **segment_arguments(dtype, group_size, ignored), "starts_ptr": "*i32", "grad_table_ptr": f"*{dtype}",
-        "HAS_CHUNKS": True, "CHUNK_ROWS": CHUNK_ROWS, "ROWS": SEGMENT_ROWS,
+        "ROWS": RARE_ROWS, "BLOCK_HIDDEN": RARE_BLOCK_HIDDEN, "num_warps": 1,
     }  # fmt: skip
 
 
@@ -134,7 +143,7 @@ def digit_arguments(first_pass):
 def digit_scatter_arguments(first_pass):
     return {
         **digit_arguments(first_pass), "positions_ptr": "*i32", "keys_ptr": "*i32", "order_ptr": "*i32",
-        "num_tiles": "i32", "BLOCK_TILES": 16, "BLOCK_OTHERS": 32, "num_warps": 8,
+        "num_tiles": "i32", "BLOCK_TILES": 16, "BLOCK_OTHERS": _segments.TILE_OTHERS, "num_warps": 8,
     }  # fmt: skip
 
 
@@ -159,7 +168,7 @@ def loss_arguments(dtype, vocab_size, group_size, *, everything, totals=True):
 def row_arguments(dtype, vocab_size, group_size, everything):
     return {
         **loss_arguments(dtype, vocab_size, group_size, everything=everything),
-        **_loss_kernels._row_options(vocab_size),
+        **_loss_kernels._row_options(vocab_size, everything),
         "losses_ptr": "*fp32" if everything else None, "WITH_STATS": everything,
     }  # fmt: skip
 
@@ -193,8 +202,10 @@ CASES = {
     "group_mean K=64 ignored": (_group_mean_kernel, group_mean_arguments("fp32", 64, True)),
     "chunk_sums K=4": (_chunk_sums_kernel, chunk_sums_arguments("bf16", 4, False)),
     "chunk_sums K=4 ignored": (_chunk_sums_kernel, chunk_sums_arguments("fp32", 4, True)),
-    "table_gradient K=4": (_table_gradient_kernel, table_gradient_arguments("bf16", 4, False)),
-    "table_gradient K=4 ignored": (_table_gradient_kernel, table_gradient_arguments("fp32", 4, True)),
+    "frequent_rows K=4": (_frequent_rows_kernel, frequent_rows_arguments("bf16", 4, False)),
+    "frequent_rows K=4 ignored": (_frequent_rows_kernel, frequent_rows_arguments("fp32", 4, True)),
+    "rare_rows K=4": (_rare_rows_kernel, rare_rows_arguments("bf16", 4, False)),
+    "rare_rows K=4 ignored": (_rare_rows_kernel, rare_rows_arguments("fp32", 4, True)),
     "patch_mean forward": (_patch_mean_kernel, patch_mean_arguments("bf16", False)),
     "patch_mean backward": (_patch_mean_kernel, patch_mean_arguments("fp32", True)),
     "rank_sort": (_segments._rank_sort_kernel, rank_sort_arguments()),

@@ -86,7 +86,7 @@ def test_cuda_graph_captures_forward_and_backward(options):
         run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         loss = run()
     static = loss, table.grad, head.grad
     with torch.no_grad():
@@ -94,12 +94,16 @@ def test_cuda_graph_captures_forward_and_backward(options):
         groups.copy_(groups.flip(0))
     graph.replay()
     replayed = [tensor.clone() for tensor in static]
-    expected = run(), table.grad, head.grad
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = run(), table.grad, head.grad
+    torch.cuda.synchronize()
     for actual, value in zip(replayed, expected, strict=True):
         assert torch.equal(actual, value)
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_no_host_synchronisation():
     table, head, groups = make_inputs("cuda")
     gradients(step, table, head, groups)
