@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 bench = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "tqdm>=4.66"]
-train = ["tqdm>=4.66", "pillow>=10", "scikit-learn>=1.4"]
+train = ["tqdm>=4.66", "matplotlib>=3.8", "pillow>=10", "scikit-learn>=1.4"]
 
 setup(
     name="npp_kernels",
@@ -22,7 +22,7 @@ setup(
     extras_require={
         "bench": bench,
         "train": train,
-        "test": [*bench, *train, "pytest-xdist>=3"],
+        "test": sorted({*bench, *train, "pytest-xdist>=3"}),
         "check": ["ruff>=0.8", "mypy>=1.13"],
         # Each of these needs a GPU, a large download, or both; without them the contender or the score is left out.
         "peers": ["liger-kernel>=0.5", "cut-cross-entropy>=25.1", "quack-kernels>=0.2"],

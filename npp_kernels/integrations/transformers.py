@@ -2,9 +2,9 @@
 
     loss = patch_loss(model, batch["input_ids"], 4, labels=batch["labels"])    # instead of model(**batch).loss
 
-PatchTrain (arXiv 2407.12665) and Token-Superposition Training average over the places of a patch: ``normalize="slot"``,
-the latter with ``slot_weights`` where later tokens count less. Both end with a phase on single tokens, K = 1, whose loss
-is the model's own.
+PatchTrain (arXiv 2407.12665) and Token-Superposition Training average over the places of a patch, which is
+``normalize="slot"``, the latter with ``slot_weights`` where later tokens count less. Both end with a phase on single
+tokens, K = 1, whose loss is the model's own.
 """
 
 from __future__ import annotations
