@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 
 WARM_UP_RUNS = 3
-# Flushing 16 times an H100's L2 of 50 MB keeps it busy for a quarter of a millisecond: longer than the host takes to
-# queue a forward and backward in eager mode.
+# A forward and backward in eager mode takes a slow host up to 2 ms to queue. Flushing 16 times an H100's L2 of 50 MB
+# keeps the GPU busy for a quarter of a millisecond, so it is done several times.
 FLUSH_L2_MULTIPLE = 16
+FLUSHES = 10
 
 # Back-to-back timing of small workloads: rounds, and calls in each: at most so many that a GPU lets all their launches
 # queue up, and fewer where they are slow.
@@ -58,7 +59,8 @@ class CudaClock:
         """Return the seconds of one run."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         candidate.prepare()
-        self._flushed.zero_()
+        for _ in range(FLUSHES):
+            self._flushed.zero_()
         start.record()
         candidate.run()
         end.record()

@@ -5,7 +5,7 @@
 
 A kernel forms ``c_pj = scale_p · slot_scale_j · [t_pj counts]`` from a few numbers; see `LossSettings.normalize`.
 
-A row of up to `MAX_REGISTER_VOCAB` logits stays in registers between its statistics and its gradient. A wider one is
+A row of up to `MAX_BLOCK_BYTES` stays in registers between its statistics and its gradient. A wider one is
 read twice by the program that owns it, the second time backwards, so that what was read last is still in the L2.
 """
 
@@ -21,8 +21,7 @@ from torch import Tensor
 from npp_kernels._dispatch import launch_device, num_multiprocessors
 from npp_kernels._triton_math import cap_derivative, capped, exp
 
-MAX_REGISTER_VOCAB = 32768
-WIDE_BLOCK = 32768
+MAX_BLOCK_BYTES = 65536
 MAX_OPTIONS_BLOCK = 8192
 WARP_ELEMENTS = 1024
 GRADIENT_BLOCK = 4096
@@ -100,11 +99,13 @@ def _load_targets(
         weights = tl.load(slot_scale_ptr + slots, mask=slot_mask, other=0.0)
     coefficients = tl.where(counted, weights, 0.0)
     if NORMALIZE == "target":
-        coefficients = coefficients / _load_total(totals_ptr, 0, NUM_PARTIALS, BLOCK_PARTIALS)
+        total = _load_total(totals_ptr, 0, NUM_PARTIALS, BLOCK_PARTIALS)
+        coefficients = tl.div_rn(coefficients, tl.broadcast_to(total, coefficients.shape))
     elif NORMALIZE == "row":
         row_weight = tl.sum(coefficients, axis=0)
         rows_with_target = _load_total(totals_ptr, 1, NUM_PARTIALS, BLOCK_PARTIALS)
-        coefficients = coefficients / (tl.where(row_weight == 0, 1.0, row_weight) * rows_with_target)
+        divisor = tl.where(row_weight == 0, 1.0, row_weight) * rows_with_target
+        coefficients = tl.div_rn(coefficients, tl.broadcast_to(divisor, coefficients.shape))
     coefficients = tl.where(counted & (in_range == 0), float("nan"), coefficients)
     return targets, coefficients, counted, in_range
 
@@ -269,7 +270,7 @@ def _loss_kernel(
         softmax_weight = row_coefficient + 2.0 * penalty * lse
         idle = (row_coefficient == 0) & (penalty == 0)
         if ONE_BLOCK:
-            gradient = exponentials * (softmax_weight / total) - spread
+            gradient = exponentials * tl.div_rn(softmax_weight, total) - spread
             if softcap is not None:
                 gradient = gradient * cap_derivative(logits, softcap)
             gradient = tl.where(idle, 0.0, gradient)
@@ -414,12 +415,11 @@ def _slot_options(group_size: int, totals: Tensor | None) -> dict[str, int]:
     }
 
 
-def _row_options(vocab_size: int, many_values: bool) -> dict[str, Any]:
+def _row_options(vocab_size: int, itemsize: int, many_values: bool) -> dict[str, Any]:
     """Return the tiling of a row of logits; ``many_values`` where an option keeps more than the logits in registers."""
-    block_vocab = max(triton.next_power_of_2(vocab_size), 32)
-    one_block = vocab_size <= (MAX_OPTIONS_BLOCK if many_values else MAX_REGISTER_VOCAB)
-    if not one_block:
-        block_vocab = MAX_OPTIONS_BLOCK if many_values else WIDE_BLOCK
+    limit = MAX_OPTIONS_BLOCK if many_values else MAX_BLOCK_BYTES // itemsize
+    one_block = vocab_size <= limit
+    block_vocab = max(triton.next_power_of_2(vocab_size), 32) if one_block else limit
     num_warps = min(max(block_vocab // WARP_ELEMENTS, 1), 32)
     return {
         "ONE_BLOCK": one_block,
@@ -487,7 +487,7 @@ def launch_loss(
             NORMALIZE=settings.normalize,
             WITH_STATS=stats,
             **_slot_options(groups.shape[1], totals),
-            **_row_options(vocab_size, many_values),
+            **_row_options(vocab_size, logits.element_size(), many_values),
         )
 
 

@@ -146,16 +146,17 @@ def _digit_scatter_kernel(
     digits = tl.arange(0, RADIX)
 
     # Where this tile's ids of each digit begin: after all ids of lower digits, and those of this digit in tiles before.
-    totals = tl.zeros([RADIX], tl.int32)
-    before = tl.zeros([RADIX], tl.int32)
+    all_counts = tl.zeros([BLOCK_TILES, RADIX], tl.int32)
+    counts_before = tl.zeros([BLOCK_TILES, RADIX], tl.int32)
     for first in range(0, num_tiles, BLOCK_TILES):
         tiles = first + tl.arange(0, BLOCK_TILES)
         counts = tl.load(
             counts_ptr + tiles[:, None] * RADIX + digits[None, :], mask=(tiles < num_tiles)[:, None], other=0
         )
-        totals += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where((tiles < tile)[:, None], counts, 0), axis=0)
-    next_place = tl.cumsum(totals, axis=0) - totals + before
+        all_counts += counts
+        counts_before += tl.where((tiles < tile)[:, None], counts, 0)
+    totals = tl.sum(all_counts, axis=0)
+    next_place = tl.cumsum(totals, axis=0) - totals + tl.sum(counts_before, axis=0)
 
     for subtile in range(subtiles):
         base = (tile * subtiles + subtile) * TILE

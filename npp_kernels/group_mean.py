@@ -8,8 +8,8 @@ while the table fits there. Bytes backward: the gradient once (K times from the 
 
 The backward is a gather too: `find_segments` lists the positions of every id in a stable order, and each row of the
 table's gradient sums its own segment, in fp32 and always in that order, so that the result is the same bit for bit at
-every run. A row with few ids is summed by one warp. A frequent id would keep one program busy for long, so the order is
-cut into chunks: `_chunk_sums_kernel` sums each chunk that is all one id, and `_frequent_rows_kernel` adds those up.
+every run. A row with few ids is summed by one warp. A frequent id would keep that warp busy for long, so the order is
+cut into chunks: a chunk that is all one id is summed by a warp of its own, and `_frequent_rows_kernel` adds those up.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from npp_kernels._segments import find_segments
 BLOCK_ELEMENTS = 4096
 MAX_BLOCK_HIDDEN = 256
 UNROLLED_SLOTS = 8
-CHUNK_SIZE = 128
-FREQUENT_ROWS = 32
-RARE_ROWS = 4
-RARE_BLOCK_HIDDEN = 512
+CHUNK_SIZE = 32
+WARP_ROWS = 4
+WARP_HIDDEN = 512
+FREQUENT_ROWS = 64
+FREQUENT_HIDDEN = 128
 
 
 @triton.jit
@@ -161,12 +162,15 @@ def _store_row(
 
 
 @triton.jit
-def _chunk_sums_kernel(
+def _segment_sums_kernel(
     grad_ptr,  # [num_groups, hidden_size]
     keys_ptr,  # [num_ids]
     order_ptr,  # [num_ids]
+    starts_ptr,  # [vocab_size + 1]
     counts_ptr,  # [num_groups]
-    sums_ptr,  # [num_ids // CHUNK, hidden_size] out, fp32: written where a chunk lies inside one segment
+    sums_ptr,  # [num_chunks, hidden_size] out, fp32: the chunks that are all one id
+    grad_table_ptr,  # [vocab_size, hidden_size] out: the rows whose segment has no whole chunk
+    num_chunks,
     vocab_size,
     hidden_size,
     GROUP_SIZE: tl.constexpr,
@@ -175,19 +179,29 @@ def _chunk_sums_kernel(
     ROWS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
-    """One program sums BLOCK_HIDDEN columns of one chunk of the order, if all of it is one id."""
-    chunk = tl.program_id(0)
-    first = chunk * CHUNK
-    first_key = tl.load(keys_ptr + first)
-    last_key = tl.load(keys_ptr + first + CHUNK - 1)
-    if (first_key == last_key) & (first_key < vocab_size):
-        columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-        column_mask = columns < hidden_size
+    """One program, one warp, sums BLOCK_HIDDEN columns of one chunk or of one row; the chunks, longer, come first."""
+    task = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    column_mask = columns < hidden_size
+    row = task - num_chunks
+    if task < num_chunks:
+        first = task * CHUNK
+        last = first + CHUNK
+        key = tl.load(keys_ptr + first)
+        mine = (key == tl.load(keys_ptr + last - 1)) & (key < vocab_size)
+    else:
+        first = tl.load(starts_ptr + row)
+        last = tl.load(starts_ptr + row + 1)
+        mine = tl.cdiv(first, CHUNK) >= last // CHUNK
+    if mine:
         total = _sum_positions(
-            grad_ptr, order_ptr, counts_ptr, first, first + CHUNK, columns, column_mask, hidden_size,
+            grad_ptr, order_ptr, counts_ptr, first, last, columns, column_mask, hidden_size,
             GROUP_SIZE, HAS_IGNORED, ROWS,
         )  # fmt: skip
-        tl.store(sums_ptr + chunk.to(tl.int64) * hidden_size + columns, total, mask=column_mask)
+        if task < num_chunks:
+            tl.store(sums_ptr + task.to(tl.int64) * hidden_size + columns, total, mask=column_mask)
+        else:
+            _store_row(grad_table_ptr, row, total, columns, column_mask, hidden_size, GROUP_SIZE, HAS_IGNORED)
 
 
 @triton.jit
@@ -197,8 +211,9 @@ def _frequent_rows_kernel(
     order_ptr,  # [num_ids]
     starts_ptr,  # [vocab_size + 1]
     counts_ptr,  # [num_groups]
-    sums_ptr,  # [num_ids // CHUNK, hidden_size]
+    sums_ptr,  # [num_chunks, hidden_size]
     grad_table_ptr,  # [vocab_size, hidden_size] out: the rows whose segment has a whole chunk
+    num_chunks,
     vocab_size,
     hidden_size,
     GROUP_SIZE: tl.constexpr,
@@ -235,34 +250,6 @@ def _frequent_rows_kernel(
                 GROUP_SIZE, HAS_IGNORED, ROWS,
             )  # fmt: skip
             _store_row(grad_table_ptr, key, total, columns, column_mask, hidden_size, GROUP_SIZE, HAS_IGNORED)
-
-
-@triton.jit
-def _rare_rows_kernel(
-    grad_ptr,  # [num_groups, hidden_size]
-    order_ptr,  # [num_ids]
-    starts_ptr,  # [vocab_size + 1]
-    counts_ptr,  # [num_groups]
-    grad_table_ptr,  # [vocab_size, hidden_size] out: the rows whose segment has no whole chunk
-    hidden_size,
-    GROUP_SIZE: tl.constexpr,
-    HAS_IGNORED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-):
-    """One program writes BLOCK_HIDDEN columns of one row of the table's gradient, accumulating in fp32."""
-    row = tl.program_id(0)
-    first = tl.load(starts_ptr + row)
-    last = tl.load(starts_ptr + row + 1)
-    if tl.cdiv(first, CHUNK) >= last // CHUNK:
-        columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-        column_mask = columns < hidden_size
-        total = _sum_positions(
-            grad_ptr, order_ptr, counts_ptr, first, last, columns, column_mask, hidden_size,
-            GROUP_SIZE, HAS_IGNORED, ROWS,
-        )  # fmt: skip
-        _store_row(grad_table_ptr, row, total, columns, column_mask, hidden_size, GROUP_SIZE, HAS_IGNORED)
 
 
 def _launch_forward(
@@ -308,30 +295,19 @@ def _launch_backward(
     if groups.numel() == 0 or grad_table.numel() == 0:
         return grad_table.zero_()
     num_chunks = groups.numel() // CHUNK_SIZE
+    sums = torch.empty((num_chunks, hidden_size), dtype=torch.float32, device=grad.device)
     options = {"GROUP_SIZE": group_size, "HAS_IGNORED": counts is not None, "CHUNK": CHUNK_SIZE}
     with launch_device(grad):
         keys, order, starts = find_segments(groups, vocab_size, ignore_index)
-        block_hidden = min(triton.next_power_of_2(hidden_size), RARE_BLOCK_HIDDEN)
-        _rare_rows_kernel[(vocab_size, triton.cdiv(hidden_size, block_hidden))](
-            grad,
-            order,
-            starts,
-            counts,
-            grad_table,
-            hidden_size,
-            ROWS=RARE_ROWS,
-            BLOCK_HIDDEN=block_hidden,
-            num_warps=1,
-            **options,
+        arguments = (grad, keys, order, starts, counts, sums, grad_table, num_chunks, vocab_size, hidden_size)
+        block_hidden = min(triton.next_power_of_2(hidden_size), WARP_HIDDEN)
+        _segment_sums_kernel[(num_chunks + vocab_size, triton.cdiv(hidden_size, block_hidden))](
+            *arguments, ROWS=WARP_ROWS, BLOCK_HIDDEN=block_hidden, num_warps=1, **options
         )
         if num_chunks:
-            block_hidden = min(triton.next_power_of_2(hidden_size), MAX_BLOCK_HIDDEN)
-            grid = (num_chunks, triton.cdiv(hidden_size, block_hidden))
-            sums = torch.empty((num_chunks, hidden_size), dtype=torch.float32, device=grad.device)
-            options |= {"ROWS": FREQUENT_ROWS, "BLOCK_HIDDEN": block_hidden, "num_warps": 8}
-            _chunk_sums_kernel[grid](grad, keys, order, counts, sums, vocab_size, hidden_size, **options)
-            _frequent_rows_kernel[grid](
-                grad, keys, order, starts, counts, sums, grad_table, vocab_size, hidden_size, **options
+            block_hidden = min(triton.next_power_of_2(hidden_size), FREQUENT_HIDDEN)
+            _frequent_rows_kernel[(num_chunks, triton.cdiv(hidden_size, block_hidden))](
+                *arguments, ROWS=FREQUENT_ROWS, BLOCK_HIDDEN=block_hidden, num_warps=8, **options
             )
     return grad_table
 
@@ -428,7 +404,7 @@ def group_mean(
         table accumulates in fp32, rounds once to the table's dtype, and is bitwise reproducible from run to run.
 
     Memory:
-        Forward: the result alone. Backward: the table's gradient, about 20 bytes for every id, and ``D/32`` bytes for
+        Forward: the result alone. Backward: the table's gradient, about 20 bytes for every id, and ``D/8`` bytes for
         every id, for the sums of frequent ids.
 
     Source:

@@ -229,7 +229,10 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
         if upstream is None:
             return (None,) * 12
         hidden, weight, bias, groups, slot_scale, totals, rows, *grads = ctx.saved_tensors
-        if ctx.early and not ctx.ran:
+        # torch.compile may trace this more than once for one backward.
+        again = ctx.ran and not torch.compiler.is_compiling()
+        ctx.ran = True
+        if ctx.early and not again:
             grads = tuple(_scaled(grad, upstream) for grad in grads)
         else:
             with torch.autocast(hidden.device.type, enabled=False):
@@ -242,7 +245,6 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
                     gradients.add(chunk, logits)
                     del logits  # before the next chunk is made
                 grads = gradients.finish()
-        ctx.ran = True
         return *grads, *(None,) * 9
 
 

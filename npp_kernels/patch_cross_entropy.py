@@ -264,13 +264,15 @@ class _PatchCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream, _):
         if upstream is None:
             return (None,) * 9
-        if ctx.inplace and ctx.ran:
+        # torch.compile may trace this more than once for one backward, and keeps count of the backwards itself.
+        again = ctx.ran and not torch.compiler.is_compiling()
+        ctx.ran = True
+        if ctx.inplace and again:
             raise RuntimeError(
                 "inplace_backward=True: expected one backward, got a second; the first has overwritten the logits"
             )
         logits, groups, slot_scale, totals, rows, grad = ctx.saved_tensors
-        ready = grad is not None and not ctx.ran
-        ctx.ran = True
+        ready = grad is not None and not again
         if ready and ctx.inplace:
             launch_scale(grad, upstream)
         else:

@@ -18,15 +18,15 @@ from triton.compiler import ASTSource
 from npp_kernels import _loss_kernels, _segments
 from npp_kernels.group_mean import (
     CHUNK_SIZE,
+    FREQUENT_HIDDEN,
     FREQUENT_ROWS,
     MAX_BLOCK_HIDDEN,
-    RARE_BLOCK_HIDDEN,
-    RARE_ROWS,
     UNROLLED_SLOTS,
-    _chunk_sums_kernel,
+    WARP_HIDDEN,
+    WARP_ROWS,
     _frequent_rows_kernel,
     _group_mean_kernel,
-    _rare_rows_kernel,
+    _segment_sums_kernel,
 )
 from npp_kernels.patch_mean import _patch_mean_kernel
 from tests.conftest import INTERPRETED
@@ -91,28 +91,23 @@ def group_mean_arguments(dtype, group_size, ignored):
 
 def segment_arguments(dtype, group_size, ignored):
     return {
-        "grad_ptr": f"*{dtype}", "order_ptr": "*i32", "counts_ptr": "*fp32" if ignored else None, "hidden_size": "i32",
-        "GROUP_SIZE": group_size, "HAS_IGNORED": ignored, "CHUNK": CHUNK_SIZE,
+        "grad_ptr": f"*{dtype}", "keys_ptr": "*i32", "order_ptr": "*i32", "starts_ptr": "*i32",
+        "counts_ptr": "*fp32" if ignored else None, "sums_ptr": "*fp32", "grad_table_ptr": f"*{dtype}",
+        "num_chunks": "i32", "vocab_size": "i32", "hidden_size": "i32", "GROUP_SIZE": group_size,
+        "HAS_IGNORED": ignored, "CHUNK": CHUNK_SIZE,
     }  # fmt: skip
 
 
-def chunk_sums_arguments(dtype, group_size, ignored):
+def segment_sums_arguments(dtype, group_size, ignored):
     return {
-        **segment_arguments(dtype, group_size, ignored), "keys_ptr": "*i32", "sums_ptr": "*fp32", "vocab_size": "i32",
-        "ROWS": FREQUENT_ROWS, "BLOCK_HIDDEN": MAX_BLOCK_HIDDEN, "num_warps": 8,
+        **segment_arguments(dtype, group_size, ignored), "ROWS": WARP_ROWS, "BLOCK_HIDDEN": WARP_HIDDEN, "num_warps": 1,
     }  # fmt: skip
 
 
 def frequent_rows_arguments(dtype, group_size, ignored):
     return {
-        **chunk_sums_arguments(dtype, group_size, ignored), "starts_ptr": "*i32", "grad_table_ptr": f"*{dtype}",
-    }  # fmt: skip
-
-
-def rare_rows_arguments(dtype, group_size, ignored):
-    return {
-        **segment_arguments(dtype, group_size, ignored), "starts_ptr": "*i32", "grad_table_ptr": f"*{dtype}",
-        "ROWS": RARE_ROWS, "BLOCK_HIDDEN": RARE_BLOCK_HIDDEN, "num_warps": 1,
+        **segment_arguments(dtype, group_size, ignored), "ROWS": FREQUENT_ROWS, "BLOCK_HIDDEN": FREQUENT_HIDDEN,
+        "num_warps": 8,
     }  # fmt: skip
 
 
@@ -168,7 +163,7 @@ def loss_arguments(dtype, vocab_size, group_size, *, everything, totals=True):
 def row_arguments(dtype, vocab_size, group_size, everything):
     return {
         **loss_arguments(dtype, vocab_size, group_size, everything=everything),
-        **_loss_kernels._row_options(vocab_size, everything),
+        **_loss_kernels._row_options(vocab_size, 4 if dtype == "fp32" else 2, everything),
         "losses_ptr": "*fp32" if everything else None, "WITH_STATS": everything,
     }  # fmt: skip
 
@@ -200,12 +195,10 @@ CASES = {
     "group_mean K=1": (_group_mean_kernel, group_mean_arguments("bf16", 1, False)),
     "group_mean K=16": (_group_mean_kernel, group_mean_arguments("bf16", 16, False)),
     "group_mean K=64 ignored": (_group_mean_kernel, group_mean_arguments("fp32", 64, True)),
-    "chunk_sums K=4": (_chunk_sums_kernel, chunk_sums_arguments("bf16", 4, False)),
-    "chunk_sums K=4 ignored": (_chunk_sums_kernel, chunk_sums_arguments("fp32", 4, True)),
+    "segment_sums K=4": (_segment_sums_kernel, segment_sums_arguments("bf16", 4, False)),
+    "segment_sums K=4 ignored": (_segment_sums_kernel, segment_sums_arguments("fp32", 4, True)),
     "frequent_rows K=4": (_frequent_rows_kernel, frequent_rows_arguments("bf16", 4, False)),
     "frequent_rows K=4 ignored": (_frequent_rows_kernel, frequent_rows_arguments("fp32", 4, True)),
-    "rare_rows K=4": (_rare_rows_kernel, rare_rows_arguments("bf16", 4, False)),
-    "rare_rows K=4 ignored": (_rare_rows_kernel, rare_rows_arguments("fp32", 4, True)),
     "patch_mean forward": (_patch_mean_kernel, patch_mean_arguments("bf16", False)),
     "patch_mean backward": (_patch_mean_kernel, patch_mean_arguments("fp32", True)),
     "rank_sort": (_segments._rank_sort_kernel, rank_sort_arguments()),
@@ -217,6 +210,8 @@ CASES = {
     "loss V=16384 K=1": (_loss_kernels._loss_kernel, row_arguments("bf16", 16384, 1, False)),
     "loss V=16384 K=16": (_loss_kernels._loss_kernel, row_arguments("bf16", 16384, 16, False)),
     "loss V=16384 K=4 all options": (_loss_kernels._loss_kernel, row_arguments("bf16", 16384, 4, True)),
+    "loss V=32768 K=4": (_loss_kernels._loss_kernel, row_arguments("bf16", 32768, 4, False)),
+    "loss V=16384 K=4 fp32": (_loss_kernels._loss_kernel, row_arguments("fp32", 16384, 4, False)),
     "loss V=32768 K=4 fp32": (_loss_kernels._loss_kernel, row_arguments("fp32", 32768, 4, False)),
     "loss V=128256 K=1": (_loss_kernels._loss_kernel, row_arguments("bf16", 128256, 1, False)),
     "loss V=262144 K=256": (_loss_kernels._loss_kernel, row_arguments("bf16", 262144, 256, False)),

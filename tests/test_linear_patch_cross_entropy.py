@@ -203,6 +203,6 @@ def test_memory_is_bounded_by_a_chunk():
 
 @pytest.mark.gpu
 def test_gradient_checkpointing_and_wide_rows():
-    assert _loss_kernels.MAX_REGISTER_VOCAB < 128256
+    assert _loss_kernels.MAX_BLOCK_BYTES < 128256
     inputs = make_inputs(64, 64, 128256, "cuda", torch.bfloat16, bias=False)
     check(inputs, make_groups(128256, 64, 4, "cuda"), torch.tensor(1.0, device="cuda"), chunk_rows=40)

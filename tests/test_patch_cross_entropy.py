@@ -80,7 +80,7 @@ def test_options(device, dtype, options):
         (1, 2, 1),  # the smallest
         (5, 33, 1),  # K=1, an odd vocabulary
         (9, 64, 5),  # aligned, K not a power of two
-        (3, 40, 256),  # wide groups, targets repeated many times
+        (16, 40, 256),  # wide groups, targets repeated many times
     ],
 )
 @pytest.mark.parametrize("ignored", [0.0, 0.3, 2.0])  # none, some, all
@@ -101,8 +101,7 @@ def test_a_vocabulary_of_one_has_no_loss(device):
 @pytest.fixture
 def narrow_blocks(monkeypatch):
     """Send small rows through the code for rows that are wider than one program's registers."""
-    monkeypatch.setattr(_loss_kernels, "MAX_REGISTER_VOCAB", 64)
-    monkeypatch.setattr(_loss_kernels, "WIDE_BLOCK", 64)
+    monkeypatch.setattr(_loss_kernels, "MAX_BLOCK_BYTES", 256)
     monkeypatch.setattr(_loss_kernels, "MAX_OPTIONS_BLOCK", 64)
     monkeypatch.setattr(_loss_kernels, "WARP_ELEMENTS", 1024)
     monkeypatch.setattr(_loss_kernels, "GRADIENT_BLOCK", 32)
