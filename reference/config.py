@@ -53,7 +53,9 @@ class TrainConfig:
     seed: int = option(0, "of weights, data order, augmentation and dropout")
     workers: int = option(2, "processes that read data; 0 for none")
     log_every: int = option(50, "steps between lines of the log, and between checks for NaN")
-    evaluate_every: int = option(0, "steps between evaluations on the test split at patch 1; 0 for none")
+    evaluate_every: int = option(
+        0, "steps between evaluations on the test split at patch 1, and at the end; 0 for none"
+    )
     checkpoint_every: int = option(1000, "steps between checkpoints")
     tensorboard: bool = option(False, "write TensorBoard events as well as the CSV log")
 
@@ -103,7 +105,7 @@ PRESETS = {
         model="tiny", data="embedded", epochs=10, batch_size=32, lr=3e-3, end_lr=3e-4, warmup_epochs=0.5
     ),
     "small": TrainConfig(
-        model="small", data="embedded", epochs=20, batch_size=32, lr=1e-3, end_lr=1e-4, warmup_epochs=0.5
+        model="small", data="embedded", epochs=6, batch_size=32, lr=3e-3, end_lr=3e-4, warmup_epochs=0.5, guidance=1.5
     ),
     "B": TrainConfig(model="B", guidance=2.0),
     "L": TrainConfig(model="L", guidance=1.75),

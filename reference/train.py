@@ -200,7 +200,7 @@ class Run:
             self.seconds += elapsed if timed_steps else 0.0
             self._check(progress, stage, lr)
             # One process evaluates; the others wait for it in the next step's sum of gradients.
-            nll = self._evaluate() if self._is_due(self.config.evaluate_every) and self.rank == 0 else None
+            nll = self._evaluate() if self._evaluates_now() and self.rank == 0 else None
             speed = timed_steps * self.config.batch_size / elapsed
             if log is not None:
                 log.write(self._row(stage, lr, progress, speed, nll))
@@ -212,6 +212,10 @@ class Run:
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
+
+    def _evaluates_now(self) -> bool:
+        is_last = self.step == self.schedule.total_steps
+        return self.test_data is not None and (is_last or self._is_due(self.config.evaluate_every))
 
     def _reports_now(self, stage: Stage) -> bool:
         config = self.config

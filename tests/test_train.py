@@ -17,7 +17,7 @@ import reference.config
 import reference.optimizer
 import reference.step
 from npp_kernels import group_tokens
-from reference import step_time, train
+from reference import first_run, step_time, train
 from reference.checkpoint import checkpoints, load_latest
 from reference.codes import load_dataset
 from reference.config import TrainConfig, parse
@@ -236,7 +236,7 @@ def test_learning_rate_of_a_run():
 
 def arguments_of(folder, *others):
     """A run of 40 steps, 20 of them at patch 2, with a checkpoint every 8."""
-    fixed = ["--model", "tiny", "--epochs", "1", "--batch-size", "40", "--workers", "0", "--checkpoint-every", "8"]
+    fixed = ["--model", "tiny", "--epochs", "0.5", "--batch-size", "20", "--workers", "0", "--checkpoint-every", "8"]
     return [*fixed, "--log-every", "5", "--output", str(folder), *others]
 
 
@@ -278,7 +278,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
 
 
 def test_two_processes_train_like_one(tmp_path):
-    others = ("--epochs", "0.4", *WITHOUT_DROPOUT, "--evaluate-every", "16")
+    others = ("--epochs", "0.2", *WITHOUT_DROPOUT, "--evaluate-every", "16")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "reference.train", *arguments_of(tmp_path / "two", *others)]
     subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=120)
@@ -292,7 +292,7 @@ def test_two_processes_train_like_one(tmp_path):
 
 
 def test_a_run_without_a_finite_loss_stops(tmp_path, capsys):
-    status = train.main(arguments_of(tmp_path, "--lr", "1e30", "--warmup-epochs", "0", "--epochs", "0.4"))
+    status = train.main(arguments_of(tmp_path, "--lr", "1e30", "--warmup-epochs", "0", "--epochs", "0.2"))
     assert status == 1
     message = capsys.readouterr().err
     assert "stopped: loss: expected finite numbers, got loss nan" in message
@@ -301,7 +301,7 @@ def test_a_run_without_a_finite_loss_stops(tmp_path, capsys):
 
 
 def test_another_run_in_the_same_folder_is_refused(tmp_path):
-    arguments = arguments_of(tmp_path, "--epochs", "0.1")
+    arguments = arguments_of(tmp_path, "--epochs", "0.05")
     assert train.main(arguments) == 0
     with pytest.raises(ValueError, match=r"levels: expected 2, as in the run in .*, got 1"):
         train.main([*arguments, "--levels", "1"])
@@ -322,6 +322,24 @@ def test_step_time_goes_on_after_a_cell_that_fails(tmp_path, capsys):
         assert ours["loss"] == pytest.approx(official["loss"], rel=1e-2)
         assert ours["median_ms"] > 0
     assert "| tiny | 2 | 2 |" in capsys.readouterr().out  # the cost of two levels
+
+
+def test_first_run_leaves_curves_samples_and_a_summary(tmp_path, monkeypatch):
+    monkeypatch.setattr(first_run, "EVALUATIONS", 2)
+    monkeypatch.setattr(first_run, "SAMPLES_PER_CLASS", 1)
+    first_run.main(["--model", "tiny", "--epochs", "0.1", "--output", str(tmp_path)])
+    names = ("plain", "coarse-to-fine", "plain-same-cost")
+    for name in ("loss.png", *(f"samples-{way}.png" for way in names)):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| plain | 5 | 1 | 1.000 |" in summary
+    assert "| coarse to fine | 5 | 2, 1 | 0." in summary
+    with (tmp_path / "loss.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    ends = {row["way"]: row for row in rows}
+    assert {row["patch"] for row in rows if row["way"] == "coarse to fine"} == {"1", "2"}
+    for row in ends.values():
+        assert f"| {float(row['test_nll']):.4f} |" in summary
 
 
 @pytest.mark.gpu
