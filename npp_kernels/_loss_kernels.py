@@ -420,7 +420,7 @@ def _row_options(vocab_size: int, itemsize: int, many_values: bool) -> dict[str,
     limit = MAX_OPTIONS_BLOCK if many_values else MAX_BLOCK_BYTES // itemsize
     one_block = vocab_size <= limit
     block_vocab = max(triton.next_power_of_2(vocab_size), 32) if one_block else limit
-    num_warps = min(max(block_vocab // WARP_ELEMENTS, 1), 32)
+    num_warps = min(max(block_vocab // WARP_ELEMENTS, 1), 16 if one_block else 32)
     return {
         "ONE_BLOCK": one_block,
         "BLOCK_VOCAB": block_vocab,

@@ -34,8 +34,8 @@ from npp_kernels._segments import find_segments
 BLOCK_ELEMENTS = 4096
 MAX_BLOCK_HIDDEN = 256
 UNROLLED_SLOTS = 8
-CHUNK_SIZE = 32
-WARP_ROWS = 4
+CHUNK_SIZE = 64
+WARP_ROWS = 2
 WARP_HIDDEN = 512
 FREQUENT_ROWS = 64
 FREQUENT_HIDDEN = 128
@@ -404,7 +404,7 @@ def group_mean(
         table accumulates in fp32, rounds once to the table's dtype, and is bitwise reproducible from run to run.
 
     Memory:
-        Forward: the result alone. Backward: the table's gradient, about 20 bytes for every id, and ``D/8`` bytes for
+        Forward: the result alone. Backward: the table's gradient, about 20 bytes for every id, and ``D/16`` bytes for
         every id, for the sums of frequent ids.
 
     Source:

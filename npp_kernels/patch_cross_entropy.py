@@ -246,7 +246,7 @@ class _PatchCrossEntropy(torch.autograd.Function):
         if runs_kernels(logits):
             if wants_grad and not per_target and logits.dtype != torch.float16:
                 grad = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
-                if inplace and not torch.compiler.is_compiling():
+                if inplace:
                     # Whoever saved these logits for a backward of its own must find out.
                     torch.autograd.graph.increment_version(logits)
             if num_rows:
@@ -264,7 +264,7 @@ class _PatchCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream, _):
         if upstream is None:
             return (None,) * 9
-        # torch.compile may trace this more than once for one backward, and keeps count of the backwards itself.
+        # torch.compile may trace this more than once for one backward.
         again = ctx.ran and not torch.compiler.is_compiling()
         ctx.ran = True
         if ctx.inplace and again:
@@ -334,7 +334,8 @@ def patch_cross_entropy(
         num_targets: a number or a 0-d tensor that replaces the divisor of ``"target"``: the targets of the whole batch,
             over all micro-batches or ranks. It is not read on the host.
         inplace_backward: let the gradient overwrite the logits. They belong to the loss from the call on: it may write
-            at once, and there can be only one backward.
+            at once, and there can be only one backward. Under `torch.compile`, which plans memory itself, it has no
+            effect.
         return_stats: also return `PatchLossStats`, from the same pass.
 
     Returns:
@@ -386,7 +387,7 @@ def patch_cross_entropy(
         settings,
         reduction == "none",
         torch.is_grad_enabled() and logits.requires_grad,
-        inplace_backward,
+        inplace_backward and not torch.compiler.is_compiling(),
         return_stats,
     )
     if reduction == "none":
