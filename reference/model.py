@@ -168,7 +168,7 @@ class LabelEmbedding(nn.Module):
         """Embed ``labels [B]``, some of them dropped while training: ``[B, D]``."""
         if self.training and self.dropout > 0:
             dropped = torch.rand(labels.shape, device=labels.device) < self.dropout
-            labels = torch.where(dropped, self.no_class, labels)
+            labels = labels.masked_fill(dropped, self.no_class)
         return self.embedding_table(labels)
 
 

@@ -197,7 +197,8 @@ class Run:
 
             progress = self.trainer.report()
             elapsed = time.perf_counter() - started
-            self.seconds += elapsed if timed_steps else 0.0
+            is_set_up = self.device.type != "cuda" or steps_at_patch >= SETUP_STEPS
+            self.seconds += elapsed if is_set_up else 0.0
             self._check(progress, stage, lr)
             # One process evaluates; the others wait for it in the next step's sum of gradients.
             nll = self._evaluate() if self._evaluates_now() and self.rank == 0 else None
