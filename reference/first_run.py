@@ -142,8 +142,8 @@ def summary(ways: list[Way], costs: list[float]) -> str:
         )
     lines += [
         "",
-        "Operations and time are relative to plain training. Time is that of a clock on the wall: where the machine has "
-        "other work to do, trust the operations. The ± is the standard error over the held-out images, not "
+        "Operations and time are relative to plain training. Time is that of a clock on the wall: on a busy "
+        "machine, trust the operations. The ± is the standard error over the held-out images, not "
         "over runs: one run of each says little about which is better. Plain training at the same cost is the fair "
         "comparison with coarse to fine; full plain training costs more.",
         "",
