@@ -46,7 +46,7 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor. Pass the local shard, {name}.to_local(), where the other "
             f"arguments are sharded alike, or {name}.full_tensor() where every rank needs the whole; under FSDP2, call "
-            "the function inside a module's forward, where its parameters are gathered already"
+            "the function in the forward of the module that owns the parameter, where it is gathered already"
         )
 
 

@@ -103,7 +103,6 @@ def narrow_blocks(monkeypatch):
     """Send small rows through the code for rows that are wider than one program's registers."""
     monkeypatch.setattr(_loss_kernels, "MAX_BLOCK_BYTES", 256)
     monkeypatch.setattr(_loss_kernels, "MAX_OPTIONS_BLOCK", 64)
-    monkeypatch.setattr(_loss_kernels, "WARP_ELEMENTS", 1024)
     monkeypatch.setattr(_loss_kernels, "GRADIENT_BLOCK", 32)
 
 
