@@ -1,6 +1,6 @@
 """Sample images from a trained `Transformer`, token by token: the inference that patch training leaves unchanged.
 
-    python -m reference.sample --checkpoint runs/train --out grid.png --classes 0 1 2 3 --guidance 2.0
+    python -m reference.sample --checkpoint runs/first/coarse-to-fine --out grid.png --classes 0 1 2 3 --guidance 2.0
 
 writes a grid of samples, one row per class; ``--codes FILE.npy`` also keeps the tokens. For ImageNet,
 

@@ -1,6 +1,6 @@
 """Score a trained `Transformer`: held-out likelihood at patch 1, and a Fréchet distance of its samples.
 
-    python -m reference.score --checkpoint runs/train --data fashion_mnist --samples 5000 --guidance 1.5
+    python -m reference.score --checkpoint runs/first/coarse-to-fine --samples 200 --guidance 1.5
 
 The likelihood is exact and comparable between all runs on the same tokens, whatever patches they were trained with.
 

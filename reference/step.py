@@ -119,7 +119,7 @@ class TrainStep:
         self.summed_steps = 0
 
         self._uses_graph = config.graph and device.type == "cuda" and not config.official
-        self._warm_up_stream: torch.cuda.Stream | None = None
+        self._side_stream: torch.cuda.Stream | None = None  # of warm-ups and captures
         self._graph: torch.cuda.CUDAGraph | None = None
         self._patch: Patch | None = None
         self._steps_at_patch = 0
@@ -183,7 +183,7 @@ class TrainStep:
     def _warm_up(self, patch: Patch) -> None:
         """Compute one step on a side stream, as capture will, so that nothing is set up for the first time in it."""
         current = torch.cuda.current_stream()
-        stream = self._warm_up_stream = self._warm_up_stream or torch.cuda.Stream()
+        stream = self._side_stream = self._side_stream or torch.cuda.Stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             self._compute(patch)
@@ -194,7 +194,8 @@ class TrainStep:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph's memory is its own: leave it what the warm-up no longer needs
         graph = torch.cuda.CUDAGraph()
-        # The thread that pins the loader's memory calls CUDA at any time, and must not end this capture.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # On the stream of the warm-up: what it compiled keeps autograd's nodes, and a node stays on the stream that it
+        # was made on. The thread that pins the loader's memory calls CUDA at any time, and must not end this capture.
+        with torch.cuda.graph(graph, stream=self._side_stream, capture_error_mode="thread_local"):
             self._compute(patch)
         return graph

@@ -154,7 +154,6 @@ def test_decoder_network_output_becomes_bytes():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_graph_chooses_what_the_full_pass_chooses(compile, guidance):
