@@ -53,6 +53,7 @@ def _count_targets_kernel(
     groups_ptr,  # [num_rows, GROUP_SIZE]
     slot_weights_ptr,  # [GROUP_SIZE] or None
     totals_ptr,  # [2, num_programs] out: the weight of the targets that count, and the rows that have one
+    ticket_ptr,  # [1] out: 0, for `_loss_kernel` to count its programs in
     num_rows,
     ignore_index,
     GROUP_SIZE: tl.constexpr,
@@ -76,6 +77,8 @@ def _count_targets_kernel(
         rows_with_target += tl.max(counted, axis=1)
     tl.store(totals_ptr + tl.program_id(0), tl.sum(total, axis=0))
     tl.store(totals_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(rows_with_target, axis=0))
+    if tl.program_id(0) == 0:
+        tl.store(ticket_ptr, 0)
 
 
 @triton.jit
@@ -152,6 +155,20 @@ def _store_target_gradients(
     tl.store(grad_row + targets, gradient.to(grad_row.dtype.element_ty), mask=in_range)
 
 
+@triton.jit
+def _add_up_losses(rows_ptr, ticket_ptr, loss_ptr, BLOCK: tl.constexpr):
+    """Store the sum of the rows' losses, in the last program to get here: always in the same order, in no launch."""
+    tl.debug_barrier()  # this row's loss is stored before its ticket is drawn
+    num_rows = tl.num_programs(0)
+    if tl.atomic_add(ticket_ptr, 1) == num_rows - 1:
+        total = tl.zeros([BLOCK], tl.float32)
+        for first in range(0, num_rows, BLOCK):
+            rows = first + tl.arange(0, BLOCK)
+            # Other programs wrote these; the L1 might hold what was there before.
+            total += tl.load(rows_ptr + rows.to(tl.int64) * 4, mask=rows < num_rows, other=0.0, cache_modifier=".cg")
+        tl.store(loss_ptr, tl.sum(total, axis=0))
+
+
 @triton.jit(do_not_specialize=["ignore_index"])
 def _loss_kernel(
     logits_ptr,  # [num_rows, vocab_size]
@@ -161,6 +178,8 @@ def _loss_kernel(
     totals_ptr,  # [2, NUM_PARTIALS] or None
     losses_ptr,  # [num_rows, GROUP_SIZE] out or None: the loss of every target, without coefficients
     rows_ptr,  # [num_rows, 4] out: loss, lse, accuracy, entropy (the last two with WITH_STATS)
+    ticket_ptr,  # [1] or None: 0 before, num_rows after
+    loss_ptr,  # [] out, if there is a ticket: the sum of the rows' losses
     logits_stride,
     grad_stride,
     vocab_size,
@@ -275,7 +294,7 @@ def _loss_kernel(
         softmax_weight = row_coefficient + 2.0 * penalty * lse
         idle = (row_coefficient == 0) & (penalty == 0)
         if ONE_BLOCK:
-            gradient = exponentials * tl.div_rn(softmax_weight, total) - spread
+            gradient = exponentials * (softmax_weight / total) - spread
             if softcap is not None:
                 gradient = gradient * cap_derivative(logits, softcap)
             gradient = tl.where(idle, 0.0, gradient)
@@ -298,6 +317,8 @@ def _loss_kernel(
                 grad_row, groups_ptr + row * GROUP_SIZE, targets, coefficients, in_range, target_logits, lse,
                 softmax_weight, spread, smoothing_rest, softcap, PRECISE, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS,
             )  # fmt: skip
+    if ticket_ptr is not None:
+        _add_up_losses(rows_ptr, ticket_ptr, loss_ptr, LANES)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "num_rows"])
@@ -333,7 +354,7 @@ def _gradient_kernel(
     """
     PRECISE: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
     blocks = tl.cdiv(vocab_size, BLOCK_VOCAB)
-    num_tasks = num_rows.to(tl.int64) * blocks
+    num_tasks = tl.cast(num_rows, tl.int64) * blocks
     upstream = 1.0
     if not PER_TARGET:
         upstream = tl.load(upstream_ptr).to(tl.float32)
@@ -398,7 +419,7 @@ def _scale_kernel(
     """One program multiplies every num_programs-th block by the upstream gradient; nothing to do if that is 1."""
     upstream = tl.load(upstream_ptr).to(tl.float32)
     blocks = tl.cdiv(row_size, BLOCK)
-    num_tasks = tl.where(upstream == 1.0, 0, num_rows.to(tl.int64) * blocks)
+    num_tasks = tl.where(upstream == 1.0, 0, tl.cast(num_rows, tl.int64) * blocks)
     for task in range(tl.program_id(0).to(tl.int64), num_tasks, tl.num_programs(0)):
         offsets = (task % blocks) * BLOCK + tl.arange(0, BLOCK)
         pointers = grad_ptr + (task // blocks) * grad_stride + offsets
@@ -435,25 +456,30 @@ def _row_options(vocab_size: int, itemsize: int, many_values: bool) -> dict[str,
     }
 
 
-def count_targets(groups: Tensor, slot_weights: Tensor | None, ignore_index: int) -> Tensor:
-    """Return partial totals ``[2, n]`` over ``groups [N, K]``: the weight of its targets, and its rows with one."""
+def count_targets(groups: Tensor, slot_weights: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return partial totals ``[2, n]`` over ``groups [N, K]``: the weight of its targets, and its rows with one.
+
+    The second result is a fresh ticket for `launch_loss`.
+    """
     num_rows, group_size = groups.shape
     block_slots = triton.next_power_of_2(group_size)
     block_rows = max(COUNT_BLOCK // block_slots, 1)
     programs = max(min(triton.cdiv(num_rows, block_rows), MAX_PARTIALS), 1)
     totals = torch.empty((2, programs), dtype=torch.float32, device=groups.device)
+    ticket = torch.empty(1, dtype=torch.int32, device=groups.device)
     with launch_device(groups):
         _count_targets_kernel[(programs,)](
             groups,
             slot_weights,
             totals,
+            ticket,
             num_rows,
             ignore_index,
             GROUP_SIZE=group_size,
             BLOCK_SLOTS=block_slots,
             BLOCK_ROWS=block_rows,
         )
-    return totals
+    return totals, ticket
 
 
 def launch_loss(
@@ -466,11 +492,14 @@ def launch_loss(
     rows: Tensor,
     settings: LossSettings,
     stats: bool,
+    ticket: Tensor | None = None,
+    loss: Tensor | None = None,
 ) -> None:
     """Score ``logits [N, V]`` against ``groups [N, K]``.
 
     Writes ``rows [N, 4]`` (loss, lse and, with ``stats``, accuracy and entropy), the unweighted ``losses [N, K]`` and
-    the gradient ``grad [N, V]`` for an upstream of 1, where those are given. ``grad`` may be ``logits``.
+    the gradient ``grad [N, V]`` for an upstream of 1, where those are given; and with a fresh ``ticket`` the sum of the
+    rows' losses, ``loss []``. ``grad`` may be ``logits``.
     """
     num_rows, vocab_size = logits.shape
     many_values = stats or settings.label_smoothing is not None or settings.softcap is not None
@@ -483,6 +512,8 @@ def launch_loss(
             totals,
             losses,
             rows,
+            ticket,
+            loss,
             logits.stride(0),
             0 if grad is None else grad.stride(0),
             vocab_size,

@@ -48,6 +48,7 @@ class Coefficients(NamedTuple):
 
     slot_scale: Tensor | None  # [K]
     totals: Tensor | None  # [2, n]: partial sums of the targets' weight, and of the rows with a target
+    ticket: Tensor | None = None  # [1], 0: for the kernel that adds up the loss; None where nothing was counted
 
 
 def check_options(
@@ -107,10 +108,10 @@ def find_coefficients(
     if reduction != "mean":
         return Coefficients(weights, None), "none"
 
-    totals = None
+    totals = ticket = None
     if (normalize != "slot" and num_targets is None) or z_loss:
         if runs_kernels(like):
-            totals = count_targets(groups, weights, ignore_index)
+            totals, ticket = count_targets(groups, weights, ignore_index)
         else:
             counted = groups != ignore_index
             weight = counted.sum() if weights is None else (counted * weights).sum()
@@ -126,8 +127,8 @@ def find_coefficients(
         weights = torch.ones_like(counts) if weights is None else weights
         weight_in_use = (weights * (counts > 0)).sum()
         weight_in_use = torch.where(weight_in_use == 0, 1, weight_in_use)
-        return Coefficients(weights / counts.clamp(min=1) / weight_in_use, totals), "none"
-    return Coefficients(weights, totals), normalize
+        return Coefficients(weights / counts.clamp(min=1) / weight_in_use, totals, ticket), "none"
+    return Coefficients(weights, totals, ticket), normalize
 
 
 def _torch_coefficients(
@@ -236,13 +237,12 @@ def torch_gradient(
 
 class _PatchCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, groups, slot_scale, totals, settings, per_target, wants_grad, inplace, stats):
+    def forward(ctx, logits, groups, slot_scale, totals, ticket, settings, per_target, wants_grad, inplace, stats):
         num_rows, group_size = groups.shape
         wide = torch.promote_types(logits.dtype, torch.float32)
         rows = torch.empty((num_rows, 4), dtype=wide, device=logits.device)
         losses = torch.empty((num_rows, group_size), dtype=wide, device=logits.device) if per_target else None
-        grad = None
-        coefficients = Coefficients(slot_scale, totals)
+        grad = loss = None
         if runs_kernels(logits):
             if wants_grad and not per_target and logits.dtype != torch.float16:
                 grad = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -250,20 +250,24 @@ class _PatchCrossEntropy(torch.autograd.Function):
                     # Whoever saved these logits for a backward of its own must find out.
                     torch.autograd.graph.increment_version(logits)
             if num_rows:
-                launch_loss(logits, grad, groups, slot_scale, totals, losses, rows, settings, stats)
+                if ticket is not None:
+                    loss = torch.empty((), dtype=wide, device=logits.device)
+                launch_loss(logits, grad, groups, slot_scale, totals, losses, rows, settings, stats, ticket, loss)
         else:
-            torch_loss(logits, groups, coefficients, losses, rows, settings, stats)
+            torch_loss(logits, groups, Coefficients(slot_scale, totals), losses, rows, settings, stats)
+        if loss is None:
+            loss = rows[:, 0].sum() if losses is None else losses
         ctx.save_for_backward(logits, groups, slot_scale, totals, rows, grad)
         ctx.settings, ctx.inplace, ctx.ran = settings, inplace, False
         ctx.mark_non_differentiable(rows)
         ctx.set_materialize_grads(False)
-        return (rows[:, 0].sum() if losses is None else losses), rows
+        return loss, rows
 
     @staticmethod
     @first_order_only("patch_cross_entropy")
     def backward(ctx, upstream, _):
         if upstream is None:
-            return (None,) * 9
+            return (None,) * 10
         # torch.compile may trace this more than once for one backward.
         again = ctx.ran and not torch.compiler.is_compiling()
         ctx.ran = True
@@ -283,7 +287,7 @@ class _PatchCrossEntropy(torch.autograd.Function):
                 torch_gradient(logits, grad, groups, Coefficients(slot_scale, totals), rows, upstream, ctx.settings)
             elif logits.numel():
                 launch_gradient(logits, grad, groups, slot_scale, totals, rows, upstream, ctx.settings, skip_unit=ready)
-        return grad, None, None, None, None, None, None, None, None
+        return grad, *(None,) * 9
 
 
 def patch_cross_entropy(
@@ -384,6 +388,7 @@ def patch_cross_entropy(
         flat_groups,
         coefficients.slot_scale,
         coefficients.totals,
+        coefficients.ticket,
         settings,
         reduction == "none",
         torch.is_grad_enabled() and logits.requires_grad,

@@ -164,7 +164,8 @@ def row_arguments(dtype, vocab_size, group_size, everything):
     return {
         **loss_arguments(dtype, vocab_size, group_size, everything=everything),
         **_loss_kernels._row_options(vocab_size, 4 if dtype == "fp32" else 2, everything),
-        "losses_ptr": "*fp32" if everything else None, "WITH_STATS": everything,
+        "losses_ptr": "*fp32" if everything else None, "WITH_STATS": everything, "ticket_ptr": "*i32",
+        "loss_ptr": "*fp32",
     }  # fmt: skip
 
 
@@ -178,9 +179,11 @@ def gradient_arguments(dtype, group_size, per_target):
 
 def count_arguments(group_size):
     return {
-        "groups_ptr": "*i64", "slot_weights_ptr": "*fp32", "totals_ptr": "*fp32", "num_rows": "i32",
-        "ignore_index": "i32", "GROUP_SIZE": group_size, "BLOCK_SLOTS": triton.next_power_of_2(group_size),
-        "BLOCK_ROWS": max(_loss_kernels.COUNT_BLOCK // triton.next_power_of_2(group_size), 1),
+        "groups_ptr": "*i64", "slot_weights_ptr": "*fp32", "totals_ptr": "*fp32", "ticket_ptr": "*i32",
+        "num_rows": "i32", "ignore_index": "i32", "GROUP_SIZE": group_size,
+        "BLOCK_SLOTS": triton.next_power_of_2(group_size), "BLOCK_ROWS": max(
+            _loss_kernels.COUNT_BLOCK // triton.next_power_of_2(group_size), 1
+        ),
     }  # fmt: skip
 
 
