@@ -125,7 +125,7 @@ def _penalty_scale(totals_ptr, counted, z_loss, NUM_PARTIALS: tl.constexpr, BLOC
     if z_loss is None:
         scale = scale * 0.0
     else:
-        scale = scale * z_loss
+        scale = scale * tl.cast(z_loss, tl.float32)
         if totals_ptr is not None:
             scale = scale / _load_total(totals_ptr, 1, NUM_PARTIALS, BLOCK_PARTIALS)
     return scale
@@ -270,9 +270,10 @@ def _loss_kernel(
     spread = 0.0
     target_losses = lse - target_logits
     if label_smoothing is not None:
-        smoothing_rest = 1.0 - label_smoothing
-        spread = label_smoothing * row_coefficient / vocab_size
-        target_losses = smoothing_rest * target_losses + label_smoothing * (lse - logit_sum / vocab_size)
+        smoothing = tl.cast(label_smoothing, tl.float32)  # torch.compile passes Python numbers as fp64
+        smoothing_rest = 1.0 - smoothing
+        spread = smoothing * row_coefficient / vocab_size
+        target_losses = smoothing_rest * target_losses + smoothing * (lse - logit_sum / vocab_size)
     target_losses = tl.where(counted, target_losses, 0.0)
     loss = tl.sum(tl.where(counted, coefficients * target_losses, 0.0), axis=0)
     if z_loss is not None:
@@ -381,8 +382,9 @@ def _gradient_kernel(
         smoothing_rest = 1.0
         spread = 0.0
         if label_smoothing is not None:
-            smoothing_rest = 1.0 - label_smoothing
-            spread = label_smoothing * row_coefficient / vocab_size
+            smoothing = tl.cast(label_smoothing, tl.float32)
+            smoothing_rest = 1.0 - smoothing
+            spread = smoothing * row_coefficient / vocab_size
 
         # Targets of this block only; the others belong to programs of their own.
         in_block = in_range & (targets >= first) & (targets < first + BLOCK_VOCAB)

@@ -36,12 +36,13 @@ def tanh(x):
 def capped(logits, softcap):
     """Return ``softcap · tanh(logits / softcap)``, or the logits themselves where there is no cap."""
     if softcap is not None:
-        logits = softcap * tanh(logits / softcap)
+        cap = tl.cast(softcap, tl.float32)  # torch.compile passes Python numbers as fp64
+        logits = cap * tanh(logits / cap)
     return logits
 
 
 @triton.jit
 def cap_derivative(capped_logits, softcap):
     """Return the derivative of the cap at logits that are capped already."""
-    ratio = capped_logits / softcap
+    ratio = capped_logits / tl.cast(softcap, tl.float32)
     return 1.0 - ratio * ratio
