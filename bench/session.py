@@ -32,7 +32,10 @@ def resolve_device(asked: str) -> torch.device:
 
 def versions() -> dict[str, str]:
     """Return the versions of what takes part, by package; "absent" where one is not installed."""
-    installed = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
+    # A wheel may write its name with underscores.
+    installed = {
+        distribution.name.replace("_", "-"): distribution.version for distribution in importlib.metadata.distributions()
+    }
     return {name: installed.get(name, "absent") for name in ("torch", "triton", *PACKAGES.values())}
 
 

@@ -45,13 +45,17 @@ class Segments(NamedTuple):
 
 
 @triton.jit
-def _load_keys(ids_ptr, offsets, mask, vocab_size, ignore_index, HAS_IGNORED: tl.constexpr):
-    """Load ids as sort keys: what counts nowhere (ignored or out of range) comes last, as ``vocab_size``."""
-    ids = tl.load(ids_ptr + offsets, mask=mask, other=-1).to(tl.int64)
-    counted = (ids >= 0) & (ids < vocab_size)
+def _as_keys(ids, vocab_size, ignore_index, HAS_IGNORED: tl.constexpr):
+    """Return ids as sort keys: what counts nowhere (ignored or out of range) comes last, as ``vocab_size``.
+
+    The kernels load the ids themselves: torch.compile takes a pointer that goes into a function from which an address
+    comes out for one that is written to.
+    """
+    wide = ids.to(tl.int64)
+    counted = (wide >= 0) & (wide < vocab_size)
     if HAS_IGNORED:
-        counted = counted & (ids != ignore_index)
-    return tl.where(counted, ids, vocab_size).to(tl.int32)
+        counted = counted & (wide != ignore_index)
+    return tl.where(counted, wide, vocab_size).to(tl.int32)
 
 
 @triton.jit
@@ -69,13 +73,14 @@ def _rank_sort_kernel(
     """One program finds the places of BLOCK elements by comparing them with all others."""
     positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = positions < num_ids
-    keys = _load_keys(ids_ptr, positions, mask, vocab_size, ignore_index, HAS_IGNORED)
+    keys = _as_keys(tl.load(ids_ptr + positions, mask=mask, other=-1), vocab_size, ignore_index, HAS_IGNORED)
     # Counted in a tile, and summed across threads once, at the end.
     earlier = tl.zeros([BLOCK, BLOCK_OTHERS], tl.int32)
     for first in range(0, num_ids, BLOCK_OTHERS):
         other_positions = first + tl.arange(0, BLOCK_OTHERS)
         other_mask = other_positions < num_ids
-        others = _load_keys(ids_ptr, other_positions, other_mask, vocab_size, ignore_index, HAS_IGNORED)
+        other_ids = tl.load(ids_ptr + other_positions, mask=other_mask, other=-1)
+        others = _as_keys(other_ids, vocab_size, ignore_index, HAS_IGNORED)
         # Equal keys keep their order: of two, the one at the lower position comes first.
         before = (others[None, :] < keys[:, None]) | (
             (others[None, :] == keys[:, None]) & (other_positions[None, :] < positions[:, None])
@@ -87,20 +92,8 @@ def _rank_sort_kernel(
 
 
 @triton.jit
-def _load_pass_keys(
-    ids_ptr, offsets, mask, vocab_size, ignore_index, FIRST_PASS: tl.constexpr, HAS_IGNORED: tl.constexpr
-):
-    """Load the keys of a pass: the first one reads the caller's ids, the later ones the keys of the pass before."""
-    if FIRST_PASS:
-        keys = _load_keys(ids_ptr, offsets, mask, vocab_size, ignore_index, HAS_IGNORED)
-    else:
-        keys = tl.load(ids_ptr + offsets, mask=mask, other=0)
-    return keys
-
-
-@triton.jit
 def _digit_counts_kernel(
-    ids_ptr,  # [num_ids]
+    ids_ptr,  # [num_ids]: the caller's ids in the first pass, the keys of the pass before in the later ones
     counts_ptr,  # [num_tiles, RADIX] out
     num_ids,
     subtiles,
@@ -118,7 +111,9 @@ def _digit_counts_kernel(
     for subtile in range(subtiles):
         offsets = (tile * subtiles + subtile) * TILE + tl.arange(0, TILE)
         mask = offsets < num_ids
-        keys = _load_pass_keys(ids_ptr, offsets, mask, vocab_size, ignore_index, FIRST_PASS, HAS_IGNORED)
+        keys = tl.load(ids_ptr + offsets, mask=mask, other=0)
+        if FIRST_PASS:
+            keys = _as_keys(keys, vocab_size, ignore_index, HAS_IGNORED)
         counts += tl.histogram((keys >> SHIFT) & (RADIX - 1), RADIX, mask=mask)
     tl.store(counts_ptr + tile * RADIX + tl.arange(0, RADIX), counts)
 
@@ -164,14 +159,18 @@ def _digit_scatter_kernel(
         base = (tile * subtiles + subtile) * TILE
         offsets = base + tl.arange(0, TILE)
         mask = offsets < num_ids
-        keys = _load_pass_keys(ids_ptr, offsets, mask, vocab_size, ignore_index, FIRST_PASS, HAS_IGNORED)
+        keys = tl.load(ids_ptr + offsets, mask=mask, other=0)
+        if FIRST_PASS:
+            keys = _as_keys(keys, vocab_size, ignore_index, HAS_IGNORED)
         digit = (keys >> SHIFT) & (RADIX - 1)
         # Counted in a tile, and summed across threads once, at the end.
         earlier = tl.zeros([TILE, BLOCK_OTHERS], tl.int32)
         for first in range(0, TILE, BLOCK_OTHERS):
             others = base + first + tl.arange(0, BLOCK_OTHERS)
             other_mask = others < num_ids
-            other_keys = _load_pass_keys(ids_ptr, others, other_mask, vocab_size, ignore_index, FIRST_PASS, HAS_IGNORED)
+            other_keys = tl.load(ids_ptr + others, mask=other_mask, other=0)
+            if FIRST_PASS:
+                other_keys = _as_keys(other_keys, vocab_size, ignore_index, HAS_IGNORED)
             other_digit = (other_keys >> SHIFT) & (RADIX - 1)
             same = (other_digit[None, :] == digit[:, None]) & (others[None, :] < offsets[:, None])
             earlier += (same & other_mask[None, :]).to(tl.int32)

@@ -23,7 +23,14 @@ from torch import Tensor
 from npp_kernels._autograd import first_order_only
 from npp_kernels._checks import check_floating, check_groups, check_id_range, check_same_device, described
 from npp_kernels._dispatch import runs_kernels
-from npp_kernels._loss_kernels import LossSettings, count_targets, launch_gradient, launch_loss, launch_scale
+from npp_kernels._loss_kernels import (
+    MAX_TICKETS,
+    LossSettings,
+    count_targets,
+    launch_gradient,
+    launch_loss,
+    launch_scale,
+)
 
 NORMALIZATIONS = ("target", "row", "slot")
 REDUCTIONS = ("mean", "sum", "none")
@@ -250,6 +257,8 @@ class _PatchCrossEntropy(torch.autograd.Function):
                     # Whoever saved these logits for a backward of its own must find out.
                     torch.autograd.graph.increment_version(logits)
             if num_rows:
+                if num_rows > MAX_TICKETS:
+                    ticket = None
                 if ticket is not None:
                     loss = torch.empty((), dtype=wide, device=logits.device)
                 launch_loss(logits, grad, groups, slot_scale, totals, losses, rows, settings, stats, ticket, loss)

@@ -41,8 +41,8 @@ def _first_token(patch, height, width, KT: tl.constexpr, KH: tl.constexpr, KW: t
 
 @triton.jit
 def _patch_mean_kernel(
-    embeddings_ptr,  # [num_tokens, hidden_size]
-    means_ptr,  # [num_patches, hidden_size]
+    embeddings_ptr,  # [num_tokens, hidden_size]; with BACKWARD out
+    means_ptr,  # [num_patches, hidden_size]; without BACKWARD out
     num_patches,
     hidden_size,
     height,

@@ -5,6 +5,7 @@ wide vocabularies, the largest groups. The GPU's own limits (shared memory, regi
 machine's.
 """
 
+import inspect
 import re
 import subprocess
 from pathlib import Path
@@ -235,6 +236,39 @@ def test_compiles_without_spills(case, target, tmp_path):
         assert (stack, local) == (0, 0), (
             f"spills: {stack} bytes of stack, {local} of local memory, {registers} registers"
         )
+
+
+class _FakeDriver:
+    """What torch asks of Triton's driver when it looks at a kernel, on a machine without a GPU."""
+
+    def get_current_target(self):
+        return TARGETS["sm_90"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_torch_compile_sees_what_a_kernel_writes(case, monkeypatch):
+    """An input that torch.compile takes for written to is copied at every call, and at worst overwritten.
+
+    What a kernel writes stands as "out" behind its parameter.
+    """
+    analysis = pytest.importorskip("torch._higher_order_ops.triton_kernel_wrap")
+    if not hasattr(analysis, "identify_accessed_tensors"):
+        pytest.skip("this torch names its analysis otherwise")
+    kernel, arguments = CASES[case]
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32}
+    values = {}
+    for name, value in arguments.items():
+        if isinstance(value, str) and value.startswith("*"):
+            values[name] = torch.zeros(64, dtype=dtypes.get(value[1:], torch.int64))
+        elif value in ("i32", "fp32"):
+            values[name] = 64 if value == "i32" else 0.5
+        elif name not in ("num_warps", "num_stages"):
+            values[name] = value
+    monkeypatch.setattr(triton.runtime.driver, "_active", _FakeDriver())
+    written = {dep.name for dep in analysis.identify_accessed_tensors(kernel, values, {}).read_writes.writes}
+    declared = set(re.findall(r"^    (\w+_ptr),  # .*\bout\b", inspect.getsource(kernel.fn), flags=re.MULTILINE))
+    assert written
+    assert written <= declared
 
 
 def test_every_kernel_is_covered():
