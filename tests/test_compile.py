@@ -58,11 +58,14 @@ def test_fullgraph_on_the_cpu(options):
 def test_fullgraph_on_a_gpu(options):
     torch._dynamo.reset()
     inputs = make_inputs("cuda")
+    before = [tensor.clone() for tensor in inputs]
     compiled = torch.compile(step, fullgraph=True)
     for actual, expected in zip(
         gradients(compiled, *inputs, **options), gradients(step, *inputs, **options), strict=True
     ):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    # A kernel's input that the compiler takes for written to would be overwritten, at worst, after the step.
+    assert all(torch.equal(tensor, kept) for tensor, kept in zip(inputs, before, strict=True))
 
 
 @pytest.mark.gpu
