@@ -136,6 +136,27 @@ def _penalty_scale(totals_ptr, counted, z_loss, NUM_PARTIALS: tl.constexpr, BLOC
 
 
 @triton.jit
+def _gradient_away_from_targets(weighted_softmax, logits, spread, idle, softcap):
+    """Return dz where no target is; a row without any target is 0, never NaN."""
+    gradient = weighted_softmax - spread
+    if softcap is not None:
+        gradient = gradient * cap_derivative(logits, softcap)
+    return tl.where(idle, 0.0, gradient)
+
+
+@triton.jit
+def _smoothing_terms(label_smoothing, row_coefficient, vocab_size):
+    """Return what is left for the targets, 1 − ε, and what every logit of the row gets of the rest, ε Σ_j c_j / V."""
+    rest = 1.0
+    spread = 0.0
+    if label_smoothing is not None:
+        smoothing = tl.cast(label_smoothing, tl.float32)  # torch.compile passes Python numbers as fp64
+        rest = 1.0 - smoothing
+        spread = smoothing * row_coefficient / vocab_size
+    return rest, spread
+
+
+@triton.jit
 def _store_target_gradients(
     grad_row, groups_row, targets, coefficients, in_range, target_logits, lse, softmax_weight, spread, smoothing_rest,
     softcap, PRECISE: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
@@ -272,13 +293,10 @@ def _loss_kernel(
     lse = maximum + tl.log(total)
     row_coefficient = tl.sum(coefficients, axis=0)
     penalty = _penalty_scale(totals_ptr, counted, z_loss, NUM_PARTIALS, BLOCK_PARTIALS)
-    smoothing_rest = 1.0
-    spread = 0.0
+    smoothing_rest, spread = _smoothing_terms(label_smoothing, row_coefficient, vocab_size)
     target_losses = lse - target_logits
     if label_smoothing is not None:
-        smoothing = tl.cast(label_smoothing, tl.float32)  # torch.compile passes Python numbers as fp64
-        smoothing_rest = 1.0 - smoothing
-        spread = smoothing * row_coefficient / vocab_size
+        smoothing = tl.cast(label_smoothing, tl.float32)
         target_losses = smoothing_rest * target_losses + smoothing * (lse - logit_sum / vocab_size)
     target_losses = tl.where(counted, target_losses, 0.0)
     loss = tl.sum(tl.where(counted, coefficients * target_losses, 0.0), axis=0)
@@ -300,10 +318,8 @@ def _loss_kernel(
         softmax_weight = row_coefficient + 2.0 * penalty * lse
         idle = (row_coefficient == 0) & (penalty == 0)
         if ONE_BLOCK:
-            gradient = exponentials * (softmax_weight / total) - spread
-            if softcap is not None:
-                gradient = gradient * cap_derivative(logits, softcap)
-            gradient = tl.where(idle, 0.0, gradient)
+            weighted_softmax = exponentials * (softmax_weight / total)
+            gradient = _gradient_away_from_targets(weighted_softmax, logits, spread, idle, softcap)
             tl.store(grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
         else:
             num_blocks = tl.cdiv(vocab_size, BLOCK_VOCAB)
@@ -312,10 +328,8 @@ def _loss_kernel(
                 mask = offsets < vocab_size
                 raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
                 logits = tl.where(mask, capped(raw, softcap), float("-inf"))
-                gradient = softmax_weight * exp(logits - lse, PRECISE) - spread
-                if softcap is not None:
-                    gradient = gradient * cap_derivative(logits, softcap)
-                gradient = tl.where(idle, 0.0, gradient)
+                weighted_softmax = softmax_weight * exp(logits - lse, PRECISE)
+                gradient = _gradient_away_from_targets(weighted_softmax, logits, spread, idle, softcap)
                 tl.store(grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
         tl.debug_barrier()  # the stores above come before those at the targets, from other threads
         if idle == 0:
@@ -385,12 +399,7 @@ def _gradient_kernel(
         coefficients = coefficients * upstream
         row_coefficient = tl.sum(coefficients, axis=0)
         softmax_weight = row_coefficient + 2.0 * penalty * lse
-        smoothing_rest = 1.0
-        spread = 0.0
-        if label_smoothing is not None:
-            smoothing = tl.cast(label_smoothing, tl.float32)
-            smoothing_rest = 1.0 - smoothing
-            spread = smoothing * row_coefficient / vocab_size
+        smoothing_rest, spread = _smoothing_terms(label_smoothing, row_coefficient, vocab_size)
 
         # Targets of this block only; the others belong to programs of their own.
         in_block = in_range & (targets >= first) & (targets < first + BLOCK_VOCAB)
@@ -400,12 +409,10 @@ def _gradient_kernel(
         raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
         tl.debug_barrier()  # in place, a target's logit is read before its neighbours' gradients are written
         logits = capped(raw, softcap)
-        gradient = softmax_weight * exp(logits - lse, PRECISE) - spread
-        if softcap is not None:
-            gradient = gradient * cap_derivative(logits, softcap)
         # Unequal upstream gradients can cancel in the sum; a row is idle only where every coefficient is 0.
         idle = (tl.sum(tl.where(coefficients != 0, 1, 0), axis=0) == 0) & (penalty == 0)
-        gradient = tl.where(idle, 0.0, gradient)
+        weighted_softmax = softmax_weight * exp(logits - lse, PRECISE)
+        gradient = _gradient_away_from_targets(weighted_softmax, logits, spread, idle, softcap)
         tl.store(grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
         tl.debug_barrier()  # the stores above come before those at the targets, from other threads
         if idle == 0:

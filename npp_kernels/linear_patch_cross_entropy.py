@@ -29,6 +29,7 @@ from npp_kernels.patch_cross_entropy import (
     PatchLossStats,
     check_options,
     find_coefficients,
+    shaped_result,
     torch_gradient,
     torch_loss,
 )
@@ -150,10 +151,10 @@ class _Gradients:
     def __init__(self, problem: _Problem, wants: Sequence[bool], dtypes: Sequence[torch.dtype]) -> None:
         self.problem = problem
         self.wants = wants
-        self.hidden_dtype, self.weight_dtype, self.bias_dtype = dtypes
+        hidden_dtype, self.weight_dtype, self.bias_dtype = dtypes
         self.hidden: Tensor | None = None
         if wants[0]:
-            self.hidden = torch.empty(problem.hidden.shape, dtype=dtypes[0], device=problem.hidden.device)
+            self.hidden = torch.empty(problem.hidden.shape, dtype=hidden_dtype, device=problem.hidden.device)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
@@ -359,7 +360,6 @@ def linear_patch_cross_entropy(
     check_options(groups.shape[-1], slot_weights, normalize, reduction, label_smoothing, z_loss, softcap, num_targets)
     check_id_range(groups, weight.shape[0], ignore_index)
 
-    leading = groups.shape[:-1]
     flat_groups = groups.reshape(-1, groups.shape[-1]).contiguous()
     coefficients, divide_by = find_coefficients(
         flat_groups,
@@ -387,8 +387,4 @@ def linear_patch_cross_entropy(
         tuple(grad_enabled and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)),
         return_stats,
     )
-    if reduction == "none":
-        loss = loss.view(groups.shape)
-    if not return_stats:
-        return loss
-    return loss, PatchLossStats(*(rows[:, column].float().view(leading) for column in (1, 2, 3)))
+    return shaped_result(loss, rows, groups, return_stats)

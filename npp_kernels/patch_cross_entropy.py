@@ -242,6 +242,17 @@ def torch_gradient(
         grad[chunk] = dz.masked_fill_(idle[chunk].unsqueeze(1), 0).to(grad.dtype)
 
 
+def shaped_result(
+    loss: Tensor, rows: Tensor, groups: Tensor, return_stats: bool
+) -> Tensor | tuple[Tensor, PatchLossStats]:
+    """Return the loss, per target in the shape of ``groups``, and where asked the statistics from ``rows [N, 4]``."""
+    if loss.ndim:
+        loss = loss.view(groups.shape)
+    if not return_stats:
+        return loss
+    return loss, PatchLossStats(*(rows[:, column].float().view(groups.shape[:-1]) for column in (1, 2, 3)))
+
+
 class _PatchCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, groups, slot_scale, totals, ticket, settings, per_target, wants_grad, inplace, stats):
@@ -383,7 +394,6 @@ def patch_cross_entropy(
     check_options(groups.shape[-1], slot_weights, normalize, reduction, label_smoothing, z_loss, softcap, num_targets)
     check_id_range(groups, logits.shape[-1], ignore_index)
 
-    leading = groups.shape[:-1]
     flat_groups = groups.reshape(-1, groups.shape[-1]).contiguous()
     flat_logits = logits.reshape(-1, logits.shape[-1])
     if flat_logits.stride(-1) != 1:
@@ -404,8 +414,4 @@ def patch_cross_entropy(
         inplace_backward and not torch.compiler.is_compiling(),
         return_stats,
     )
-    if reduction == "none":
-        loss = loss.view(groups.shape)
-    if not return_stats:
-        return loss
-    return loss, PatchLossStats(*(rows[:, column].float().view(leading) for column in (1, 2, 3)))
+    return shaped_result(loss, rows, groups, return_stats)
