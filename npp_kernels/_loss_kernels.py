@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npp_kernels._dispatch import launch_device, num_multiprocessors
+from npp_kernels._dispatch import can_overlap, launch, num_multiprocessors
 from npp_kernels._triton_math import cap_derivative, capped, exp
 
 # H100, 2026-11-24, bf16; docs/tuning.md has what else was tried.
@@ -35,7 +35,7 @@ GRADIENT_PROGRAMS = 8
 # backward. More rows queue up for the one counter: 0.416 against 0.390 for 16,384.
 MAX_TICKETS = 1024
 COUNT_BLOCK = 2048
-MAX_PARTIALS = 64
+MAX_PARTIALS = 32  # no more than a warp has threads: they are summed without a barrier
 DUPLICATE_SLOTS = 16
 
 
@@ -62,8 +62,15 @@ def _count_targets_kernel(
     GROUP_SIZE: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """One program counts every num_programs-th block of BLOCK_ROWS rows."""
+    """One program counts every num_programs-th block of BLOCK_ROWS rows.
+
+    With OVERLAP it lets `_loss_kernel` start at once. It must not be launched early itself: when it runs, all before it
+    must have ended, the logits among it, which `_loss_kernel` reads without waiting.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     slots = tl.arange(0, BLOCK_SLOTS)
     slot_mask = slots < GROUP_SIZE
     weights = tl.full([BLOCK_SLOTS], 1.0, tl.float32)
@@ -94,11 +101,8 @@ def _load_total(totals_ptr, which, NUM_PARTIALS: tl.constexpr, BLOCK_PARTIALS: t
 
 
 @triton.jit
-def _find_coefficients(
-    targets, slots, slot_scale_ptr, totals_ptr, vocab_size, ignore_index,
-    NORMALIZE: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_PARTIALS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr,
-):  # fmt: skip
-    """Return the coefficients of a row's targets, 0 where ignored and NaN where out of range; who counts; who is valid.
+def _find_weights(targets, slots, slot_scale_ptr, vocab_size, ignore_index, GROUP_SIZE: tl.constexpr):
+    """Return the weights of a row's targets, 0 where ignored and NaN where out of range; who counts; who is valid.
 
     The kernels load the targets themselves: torch.compile takes a pointer that goes into a function from which an
     address comes out for one that is written to.
@@ -106,20 +110,42 @@ def _find_coefficients(
     slot_mask = slots < GROUP_SIZE
     counted = slot_mask & (targets != ignore_index)
     in_range = counted & (targets >= 0) & (targets < vocab_size)
-    coefficients = tl.where(counted, 1.0, 0.0)
+    weights = tl.where(counted, 1.0, 0.0)
     if slot_scale_ptr is not None:
-        weights = tl.load(slot_scale_ptr + slots, mask=slot_mask, other=0.0)
-        coefficients = tl.where(counted, weights, 0.0)
+        scale = tl.load(slot_scale_ptr + slots, mask=slot_mask, other=0.0)
+        weights = tl.where(counted, scale, 0.0)
+    return tl.where(counted & (in_range == 0), float("nan"), weights), counted, in_range
+
+
+@triton.jit
+def _find_divisor(
+    row_weight, totals_ptr, NORMALIZE: tl.constexpr, NUM_PARTIALS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr
+):
+    """Return what a row's weights are divided by to become its coefficients."""
+    divisor = tl.full([], 1.0, tl.float32)
     if NORMALIZE == "target":
-        total = _load_total(totals_ptr, 0, NUM_PARTIALS, BLOCK_PARTIALS)
-        coefficients = tl.div_rn(coefficients, tl.broadcast_to(total, coefficients.shape))
+        divisor = _load_total(totals_ptr, 0, NUM_PARTIALS, BLOCK_PARTIALS)
     elif NORMALIZE == "row":
-        row_weight = tl.sum(coefficients, axis=0)
         rows_with_target = _load_total(totals_ptr, 1, NUM_PARTIALS, BLOCK_PARTIALS)
         divisor = tl.where(row_weight == 0, 1.0, row_weight) * rows_with_target
-        coefficients = tl.div_rn(coefficients, tl.broadcast_to(divisor, coefficients.shape))
-    coefficients = tl.where(counted & (in_range == 0), float("nan"), coefficients)
-    return coefficients, counted, in_range
+    return divisor
+
+
+@triton.jit
+def _sum_equal_weights(
+    groups_row, targets, weights, slots,
+    GROUP_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
+):  # fmt: skip
+    """Return for every target the weight of all targets of the row that equal it, itself included."""
+    total = tl.zeros([BLOCK_SLOTS], tl.float32)
+    for first in tl.static_range(0, BLOCK_SLOTS, BLOCK_OTHERS):
+        others = first + tl.arange(0, BLOCK_OTHERS)
+        other_targets = tl.load(groups_row + others, mask=others < GROUP_SIZE, other=-1).to(tl.int64)
+        # Weights live in registers by slot; picking them by a one-hot sum keeps them there.
+        picked = tl.sum(tl.where(slots[:, None] == others[None, :], weights[:, None], 0.0), axis=0)
+        equal = (targets[:, None] == other_targets[None, :]) & (others < GROUP_SIZE)[None, :]
+        total += tl.sum(tl.where(equal, picked[None, :], 0.0), axis=1)
+    return total
 
 
 @triton.jit
@@ -158,23 +184,15 @@ def _smoothing_terms(label_smoothing, row_coefficient, vocab_size):
 
 @triton.jit
 def _store_target_gradients(
-    grad_row, groups_row, targets, coefficients, in_range, target_logits, lse, softmax_weight, spread, smoothing_rest,
-    softcap, PRECISE: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
+    grad_row, targets, in_range, target_logits, lse, softmax_weight, coefficients, spread, smoothing_rest, softcap,
+    PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Overwrite a row's gradient at its targets, after the rest of it is written.
 
-    Equal targets all store the same value: each sums the coefficients of its equals, so the order does not matter.
+    Equal targets all store the same value: the coefficients are those of all their equals, so the order of the stores
+    does not matter.
     """
-    slots = tl.arange(0, BLOCK_SLOTS)
-    own = tl.zeros([BLOCK_SLOTS], tl.float32)
-    for first in tl.static_range(0, BLOCK_SLOTS, BLOCK_OTHERS):
-        others = first + tl.arange(0, BLOCK_OTHERS)
-        other_targets = tl.load(groups_row + others, mask=others < GROUP_SIZE, other=-1).to(tl.int64)
-        # Coefficients live in registers by slot; picking them by a one-hot sum keeps them there.
-        picked = tl.sum(tl.where(slots[:, None] == others[None, :], coefficients[:, None], 0.0), axis=0)
-        equal = (targets[:, None] == other_targets[None, :]) & (others < GROUP_SIZE)[None, :]
-        own += tl.sum(tl.where(equal, picked[None, :], 0.0), axis=1)
-    gradient = softmax_weight * exp(target_logits - lse, PRECISE) - spread - smoothing_rest * own
+    gradient = softmax_weight * exp(target_logits - lse, PRECISE) - spread - smoothing_rest * coefficients
     if softcap is not None:
         gradient = gradient * cap_derivative(target_logits, softcap)
     tl.store(grad_row + targets, gradient.to(grad_row.dtype.element_ty), mask=in_range)
@@ -190,11 +208,11 @@ def _add_up_losses(rows_ptr, ticket_ptr, loss_ptr, BLOCK: tl.constexpr):
         for first in range(0, num_rows, BLOCK):
             rows = first + tl.arange(0, BLOCK)
             # Other programs wrote these; the L1 might hold what was there before.
-            total += tl.load(rows_ptr + rows.to(tl.int64) * 4, mask=rows < num_rows, other=0.0, cache_modifier=".cg")
+            total += tl.load(rows_ptr + rows, mask=rows < num_rows, other=0.0, cache_modifier=".cg")
         tl.store(loss_ptr, tl.sum(total, axis=0))
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index", "rows_stride"])
 def _loss_kernel(
     logits_ptr,  # [num_rows, vocab_size]
     grad_ptr,  # [num_rows, vocab_size] out or None; may be logits_ptr
@@ -202,11 +220,12 @@ def _loss_kernel(
     slot_scale_ptr,  # [GROUP_SIZE] or None
     totals_ptr,  # [2, NUM_PARTIALS] or None
     losses_ptr,  # [num_rows, GROUP_SIZE] out or None: the loss of every target, without coefficients
-    rows_ptr,  # [num_rows, 4] out: loss, lse, accuracy, entropy (the last two with WITH_STATS)
+    rows_ptr,  # [4, num_rows] out: loss, lse, accuracy, entropy (the last two with WITH_STATS)
     ticket_ptr,  # [1] in and out, or None: 0 before, num_rows after
     loss_ptr,  # [] out, if there is a ticket: the sum of the rows' losses
     logits_stride,
     grad_stride,
+    rows_stride,
     vocab_size,
     ignore_index,
     label_smoothing,
@@ -214,6 +233,7 @@ def _loss_kernel(
     softcap,
     NORMALIZE: tl.constexpr,
     WITH_STATS: tl.constexpr,
+    OVERLAP: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr,
@@ -223,18 +243,16 @@ def _loss_kernel(
     BLOCK_VOCAB: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """One program scores one row against its targets and, where asked, writes the row's gradient."""
+    """One program scores one row against its targets and, where asked, writes the row's gradient.
+
+    What does not wait for other loads is loaded first, and what the counts decide comes last: with OVERLAP they may
+    still be counted while the row is read.
+    """
     PRECISE: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits_ptr + row * logits_stride
+    groups_row = groups_ptr + row * GROUP_SIZE
     slots = tl.arange(0, BLOCK_SLOTS)
-    targets = tl.load(groups_ptr + row * GROUP_SIZE + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
-    coefficients, counted, in_range = _find_coefficients(
-        targets, slots, slot_scale_ptr, totals_ptr, vocab_size, ignore_index,
-        NORMALIZE, GROUP_SIZE, NUM_PARTIALS, BLOCK_PARTIALS,
-    )  # fmt: skip
-    target_logits = capped(tl.load(logits_row + targets, mask=in_range, other=0.0).to(tl.float32), softcap)
-
     # One tile [BLOCK_VOCAB / LANES, LANES] at a time: a lane's running statistics stay in one thread.
     depth = tl.arange(0, BLOCK_VOCAB // LANES)[:, None] * LANES
     lanes = tl.arange(0, LANES)[None, :]
@@ -242,6 +260,12 @@ def _loss_kernel(
         offsets = depth + lanes
         mask = offsets < vocab_size
         raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+    targets = tl.load(groups_row + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
+    weights, counted, in_range = _find_weights(targets, slots, slot_scale_ptr, vocab_size, ignore_index, GROUP_SIZE)
+    target_logits = capped(tl.load(logits_row + targets, mask=in_range, other=0.0).to(tl.float32), softcap)
+    if grad_ptr is not None:
+        equal_weights = _sum_equal_weights(groups_row, targets, weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS)
+    if ONE_BLOCK:
         logits = tl.where(mask, capped(raw, softcap), float("-inf"))
         maximum = tl.max(tl.max(logits, axis=0), axis=0)
         exponentials = exp(logits - maximum, PRECISE)
@@ -291,7 +315,11 @@ def _loss_kernel(
             arg_max = tl.min(tl.where(lane_best == best, lane_arg, vocab_size), axis=0)
 
     lse = maximum + tl.log(total)
-    row_coefficient = tl.sum(coefficients, axis=0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()  # for `_count_targets_kernel`, which comes before; nothing is stored until here
+    row_weight = tl.sum(weights, axis=0)
+    divisor = _find_divisor(row_weight, totals_ptr, NORMALIZE, NUM_PARTIALS, BLOCK_PARTIALS)
+    row_coefficient = tl.div_rn(row_weight, divisor)
     penalty = _penalty_scale(totals_ptr, counted, z_loss, NUM_PARTIALS, BLOCK_PARTIALS)
     smoothing_rest, spread = _smoothing_terms(label_smoothing, row_coefficient, vocab_size)
     target_losses = lse - target_logits
@@ -299,18 +327,18 @@ def _loss_kernel(
         smoothing = tl.cast(label_smoothing, tl.float32)
         target_losses = smoothing_rest * target_losses + smoothing * (lse - logit_sum / vocab_size)
     target_losses = tl.where(counted, target_losses, 0.0)
-    loss = tl.sum(tl.where(counted, coefficients * target_losses, 0.0), axis=0)
+    loss = tl.div_rn(tl.sum(tl.where(counted, weights * target_losses, 0.0), axis=0), divisor)
     if z_loss is not None:
         loss += tl.where(penalty == 0, 0.0, penalty * lse * lse)
-    tl.store(rows_ptr + row * 4, loss)
-    tl.store(rows_ptr + row * 4 + 1, lse)
+    tl.store(rows_ptr + row, loss)
+    tl.store(rows_ptr + rows_stride + row, lse)
     if losses_ptr is not None:
         target_losses = tl.where(counted & (in_range == 0), float("nan"), target_losses)
         tl.store(losses_ptr + row * GROUP_SIZE + slots, target_losses, mask=slots < GROUP_SIZE)
     if WITH_STATS:
         hit = tl.max((in_range & (targets == arg_max)).to(tl.float32), axis=0)
-        tl.store(rows_ptr + row * 4 + 2, hit)
-        tl.store(rows_ptr + row * 4 + 3, tl.log(total) - weighted_sum / total)
+        tl.store(rows_ptr + 2 * rows_stride + row, hit)
+        tl.store(rows_ptr + 3 * rows_stride + row, tl.log(total) - weighted_sum / total)
 
     if grad_ptr is not None:
         grad_row = grad_ptr + row * grad_stride
@@ -326,33 +354,40 @@ def _loss_kernel(
             for block in range(num_blocks):
                 offsets = (num_blocks - 1 - block) * BLOCK_VOCAB + depth + lanes
                 mask = offsets < vocab_size
-                raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+                # Neither these logits nor their gradients are read again here: they must not drive out of the L2 what
+                # other programs are about to read for the second time.
+                raw = tl.load(
+                    logits_row + offsets, mask=mask, other=float("-inf"), eviction_policy="evict_first"
+                ).to(tl.float32)  # fmt: skip
                 logits = tl.where(mask, capped(raw, softcap), float("-inf"))
                 weighted_softmax = softmax_weight * exp(logits - lse, PRECISE)
                 gradient = _gradient_away_from_targets(weighted_softmax, logits, spread, idle, softcap)
-                tl.store(grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
+                tl.store(
+                    grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"
+                )
         tl.debug_barrier()  # the stores above come before those at the targets, from other threads
         if idle == 0:
             _store_target_gradients(
-                grad_row, groups_ptr + row * GROUP_SIZE, targets, coefficients, in_range, target_logits, lse,
-                softmax_weight, spread, smoothing_rest, softcap, PRECISE, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS,
+                grad_row, targets, in_range, target_logits, lse, softmax_weight, tl.div_rn(equal_weights, divisor),
+                spread, smoothing_rest, softcap, PRECISE,
             )  # fmt: skip
     if ticket_ptr is not None:
         _add_up_losses(rows_ptr, ticket_ptr, loss_ptr, LANES)
 
 
-@triton.jit(do_not_specialize=["ignore_index", "num_rows"])
+@triton.jit(do_not_specialize=["ignore_index", "num_rows", "rows_stride"])
 def _gradient_kernel(
     logits_ptr,  # [num_rows, vocab_size]
     grad_ptr,  # [num_rows, vocab_size] out; may be logits_ptr
     groups_ptr,  # [num_rows, GROUP_SIZE]
     slot_scale_ptr,  # [GROUP_SIZE] or None
     totals_ptr,  # [2, NUM_PARTIALS] or None
-    rows_ptr,  # [num_rows, 4]: lse in column 1
+    rows_ptr,  # [4, num_rows]: lse in row 1
     upstream_ptr,  # [] or, with PER_TARGET, [num_rows, GROUP_SIZE]
     num_rows,
     logits_stride,
     grad_stride,
+    rows_stride,
     vocab_size,
     ignore_index,
     label_smoothing,
@@ -361,6 +396,7 @@ def _gradient_kernel(
     NORMALIZE: tl.constexpr,
     PER_TARGET: tl.constexpr,
     SKIP_UNIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr,
@@ -373,6 +409,8 @@ def _gradient_kernel(
     With SKIP_UNIT the gradient for an upstream of 1 is there already, and there is nothing to do if it is 1.
     """
     PRECISE: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     blocks = tl.cdiv(vocab_size, BLOCK_VOCAB)
     num_tasks = tl.cast(num_rows, tl.int64) * blocks
     upstream = 1.0
@@ -385,21 +423,20 @@ def _gradient_kernel(
         first = (task % blocks).to(tl.int32) * BLOCK_VOCAB
         logits_row = logits_ptr + row * logits_stride
         grad_row = grad_ptr + row * grad_stride
+        groups_row = groups_ptr + row * GROUP_SIZE
         slots = tl.arange(0, BLOCK_SLOTS)
-        targets = tl.load(groups_ptr + row * GROUP_SIZE + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
-        coefficients, counted, in_range = _find_coefficients(
-            targets, slots, slot_scale_ptr, totals_ptr, vocab_size, ignore_index,
-            NORMALIZE, GROUP_SIZE, NUM_PARTIALS, BLOCK_PARTIALS,
-        )  # fmt: skip
+        targets = tl.load(groups_row + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
+        weights, counted, in_range = _find_weights(targets, slots, slot_scale_ptr, vocab_size, ignore_index, GROUP_SIZE)
+        divisor = _find_divisor(tl.sum(weights, axis=0), totals_ptr, NORMALIZE, NUM_PARTIALS, BLOCK_PARTIALS)
         if PER_TARGET:
             per_target = tl.load(upstream_ptr + row * GROUP_SIZE + slots, mask=counted, other=0.0).to(tl.float32)
-            coefficients = tl.where(counted, coefficients * per_target, 0.0)
-        lse = tl.load(rows_ptr + row * 4 + 1)
+            weights = tl.where(counted, weights * per_target, 0.0)
+        lse = tl.load(rows_ptr + rows_stride + row)
         penalty = _penalty_scale(totals_ptr, counted, z_loss, NUM_PARTIALS, BLOCK_PARTIALS) * upstream
-        coefficients = coefficients * upstream
-        row_coefficient = tl.sum(coefficients, axis=0)
+        row_coefficient = tl.div_rn(tl.sum(weights, axis=0), divisor) * upstream
         softmax_weight = row_coefficient + 2.0 * penalty * lse
         smoothing_rest, spread = _smoothing_terms(label_smoothing, row_coefficient, vocab_size)
+        equal_weights = _sum_equal_weights(groups_row, targets, weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS)
 
         # Targets of this block only; the others belong to programs of their own.
         in_block = in_range & (targets >= first) & (targets < first + BLOCK_VOCAB)
@@ -409,16 +446,16 @@ def _gradient_kernel(
         raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
         tl.debug_barrier()  # in place, a target's logit is read before its neighbours' gradients are written
         logits = capped(raw, softcap)
-        # Unequal upstream gradients can cancel in the sum; a row is idle only where every coefficient is 0.
-        idle = (tl.sum(tl.where(coefficients != 0, 1, 0), axis=0) == 0) & (penalty == 0)
+        # Unequal upstream gradients can cancel in the sum; a row is idle only where every weight is 0.
+        idle = ((tl.sum(tl.where(weights != 0, 1, 0), axis=0) == 0) | (upstream == 0)) & (penalty == 0)
         weighted_softmax = softmax_weight * exp(logits - lse, PRECISE)
         gradient = _gradient_away_from_targets(weighted_softmax, logits, spread, idle, softcap)
         tl.store(grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
         tl.debug_barrier()  # the stores above come before those at the targets, from other threads
         if idle == 0:
             _store_target_gradients(
-                grad_row, groups_ptr + row * GROUP_SIZE, targets, coefficients, in_block, target_logits, lse,
-                softmax_weight, spread, smoothing_rest, softcap, PRECISE, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS,
+                grad_row, targets, in_block, target_logits, lse, softmax_weight,
+                tl.div_rn(equal_weights, divisor) * upstream, spread, smoothing_rest, softcap, PRECISE,
             )  # fmt: skip
 
 
@@ -430,8 +467,11 @@ def _scale_kernel(
     grad_stride,
     row_size,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program multiplies every num_programs-th block by the upstream gradient; nothing to do if that is 1."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     upstream = tl.load(upstream_ptr).to(tl.float32)
     blocks = tl.cdiv(row_size, BLOCK)
     num_tasks = tl.where(upstream == 1.0, 0, tl.cast(num_rows, tl.int64) * blocks)
@@ -474,7 +514,7 @@ def _row_options(vocab_size: int, itemsize: int, many_values: bool) -> dict[str,
 def count_targets(groups: Tensor, slot_weights: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Return partial totals ``[2, n]`` over ``groups [N, K]``: the weight of its targets, and its rows with one.
 
-    The second result is a fresh ticket for `launch_loss`.
+    The second result is a fresh ticket for `launch_loss`, if that is the next to be launched.
     """
     num_rows, group_size = groups.shape
     block_slots = triton.next_power_of_2(group_size)
@@ -482,18 +522,20 @@ def count_targets(groups: Tensor, slot_weights: Tensor | None, ignore_index: int
     programs = max(min(triton.cdiv(num_rows, block_rows), MAX_PARTIALS), 1)
     totals = torch.empty((2, programs), dtype=torch.float32, device=groups.device)
     ticket = torch.empty(1, dtype=torch.int32, device=groups.device)
-    with launch_device(groups):
-        _count_targets_kernel[(programs,)](
-            groups,
-            slot_weights,
-            totals,
-            ticket,
-            num_rows,
-            ignore_index,
-            GROUP_SIZE=group_size,
-            BLOCK_SLOTS=block_slots,
-            BLOCK_ROWS=block_rows,
-        )
+    launch(
+        _count_targets_kernel,
+        (programs,),
+        groups,
+        slot_weights,
+        totals,
+        ticket,
+        num_rows,
+        ignore_index,
+        GROUP_SIZE=group_size,
+        BLOCK_SLOTS=block_slots,
+        BLOCK_ROWS=block_rows,
+        OVERLAP=can_overlap(groups),
+    )
     return totals, ticket
 
 
@@ -508,39 +550,52 @@ def launch_loss(
     settings: LossSettings,
     stats: bool,
     ticket: Tensor | None = None,
-    loss: Tensor | None = None,
-) -> None:
+) -> Tensor | None:
     """Score ``logits [N, V]`` against ``groups [N, K]``.
 
-    Writes ``rows [N, 4]`` (loss, lse and, with ``stats``, accuracy and entropy), the unweighted ``losses [N, K]`` and
-    the gradient ``grad [N, V]`` for an upstream of 1, where those are given; and with a fresh ``ticket`` the sum of the
-    rows' losses, ``loss []``. ``grad`` may be ``logits``.
+    Writes ``rows [4, N]`` (loss, lse and, with ``stats``, accuracy and entropy), and the unweighted ``losses [N, K]``
+    and the gradient ``grad [N, V]`` for an upstream of 1, where those are given. ``grad`` may be ``logits``. The
+    ``ticket`` is one from `count_targets` after which nothing was launched: the counting and this may overlap.
+
+    Returns:
+        The sum of the rows' losses, where the kernel could find it on its way.
     """
     num_rows, vocab_size = logits.shape
+    overlap = ticket is not None and can_overlap(logits)
+    loss = None
+    if num_rows > MAX_TICKETS:
+        ticket = None
+    elif ticket is not None:
+        loss = torch.empty((), dtype=torch.float32, device=logits.device)
     many_values = stats or settings.label_smoothing is not None or settings.softcap is not None
-    with launch_device(logits):
-        _loss_kernel[(num_rows,)](
-            logits,
-            grad,
-            groups,
-            slot_scale,
-            totals,
-            losses,
-            rows,
-            ticket,
-            loss,
-            logits.stride(0),
-            0 if grad is None else grad.stride(0),
-            vocab_size,
-            settings.ignore_index,
-            settings.label_smoothing,
-            settings.z_loss,
-            settings.softcap,
-            NORMALIZE=settings.normalize,
-            WITH_STATS=stats,
-            **_slot_options(groups.shape[1], totals),
-            **_row_options(vocab_size, logits.element_size(), many_values),
-        )
+    launch(
+        _loss_kernel,
+        (num_rows,),
+        logits,
+        grad,
+        groups,
+        slot_scale,
+        totals,
+        losses,
+        rows,
+        ticket,
+        loss,
+        logits.stride(0),
+        0 if grad is None else grad.stride(0),
+        rows.stride(0),
+        vocab_size,
+        settings.ignore_index,
+        settings.label_smoothing,
+        settings.z_loss,
+        settings.softcap,
+        NORMALIZE=settings.normalize,
+        WITH_STATS=stats,
+        OVERLAP=overlap,
+        early=overlap,
+        **_slot_options(groups.shape[1], totals),
+        **_row_options(vocab_size, logits.element_size(), many_values),
+    )
+    return loss
 
 
 def launch_gradient(
@@ -561,30 +616,34 @@ def launch_gradient(
     num_rows, vocab_size = logits.shape
     block_vocab = min(max(triton.next_power_of_2(vocab_size), 32), GRADIENT_BLOCK)
     tasks = num_rows * triton.cdiv(vocab_size, block_vocab)
-    with launch_device(logits):
-        _gradient_kernel[(min(tasks, GRADIENT_PROGRAMS * num_multiprocessors(logits)),)](
-            logits,
-            grad,
-            groups,
-            slot_scale,
-            totals,
-            rows,
-            upstream,
-            num_rows,
-            logits.stride(0),
-            grad.stride(0),
-            vocab_size,
-            settings.ignore_index,
-            settings.label_smoothing,
-            settings.z_loss,
-            settings.softcap,
-            NORMALIZE=settings.normalize,
-            PER_TARGET=upstream.ndim > 0,
-            SKIP_UNIT=skip_unit,
-            BLOCK_VOCAB=block_vocab,
-            num_warps=min(max(block_vocab // 512, 1), 8),
-            **_slot_options(groups.shape[1], totals),
-        )
+    launch(
+        _gradient_kernel,
+        (min(tasks, GRADIENT_PROGRAMS * num_multiprocessors(logits)),),
+        logits,
+        grad,
+        groups,
+        slot_scale,
+        totals,
+        rows,
+        upstream,
+        num_rows,
+        logits.stride(0),
+        grad.stride(0),
+        rows.stride(0),
+        vocab_size,
+        settings.ignore_index,
+        settings.label_smoothing,
+        settings.z_loss,
+        settings.softcap,
+        NORMALIZE=settings.normalize,
+        PER_TARGET=upstream.ndim > 0,
+        SKIP_UNIT=skip_unit,
+        OVERLAP=can_overlap(logits),
+        early=can_overlap(logits),
+        BLOCK_VOCAB=block_vocab,
+        num_warps=min(max(block_vocab // 512, 1), 8),
+        **_slot_options(groups.shape[1], totals),
+    )
 
 
 def launch_scale(grad: Tensor, upstream: Tensor) -> None:
@@ -592,7 +651,15 @@ def launch_scale(grad: Tensor, upstream: Tensor) -> None:
     num_rows, row_size = grad.shape
     block = min(max(triton.next_power_of_2(row_size), 32), GRADIENT_BLOCK)
     tasks = num_rows * triton.cdiv(row_size, block)
-    with launch_device(grad):
-        _scale_kernel[(min(tasks, GRADIENT_PROGRAMS * num_multiprocessors(grad)),)](
-            grad, upstream, num_rows, grad.stride(0), row_size, BLOCK=block
-        )
+    launch(
+        _scale_kernel,
+        (min(tasks, GRADIENT_PROGRAMS * num_multiprocessors(grad)),),
+        grad,
+        upstream,
+        num_rows,
+        grad.stride(0),
+        row_size,
+        BLOCK=block,
+        OVERLAP=can_overlap(grad),
+        early=can_overlap(grad),
+    )

@@ -16,14 +16,14 @@ Bytes of a pass: 4 + 4 read twice and written once for each id; everything stays
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from npp_kernels._dispatch import num_multiprocessors
+from npp_kernels._dispatch import can_overlap, launch, num_multiprocessors
 
 # H100, 2026-11-24: sorting 65,536 ids below 16,384 takes 44 µs in tiles of 256 and 78 in tiles of 512 (`torch.sort` of
 # the ids as int16, without segments: 45).
@@ -33,6 +33,8 @@ RANK_OTHERS = 128
 DIGIT_BITS = 8
 TILE_SIZE = 256
 TILE_OTHERS = 32
+BLOCK_TILES = 32
+SCATTER_WARPS = 8
 STARTS_BLOCK = 256
 
 
@@ -69,8 +71,12 @@ def _rank_sort_kernel(
     HAS_IGNORED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program finds the places of BLOCK elements by comparing them with all others."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = positions < num_ids
     keys = _as_keys(tl.load(ids_ptr + positions, mask=mask, other=-1), vocab_size, ignore_index, HAS_IGNORED)
@@ -104,8 +110,12 @@ def _digit_counts_kernel(
     HAS_IGNORED: tl.constexpr,
     RADIX: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program counts the digits of one tile of ``subtiles · TILE`` ids."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     counts = tl.zeros([RADIX], tl.int32)
     for subtile in range(subtiles):
@@ -137,16 +147,20 @@ def _digit_scatter_kernel(
     TILE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program moves one tile of ids to their places by one digit, keeping the order of equal digits."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     digits = tl.arange(0, RADIX)
 
     # Where this tile's ids of each digit begin: after all ids of lower digits, and those of this digit in tiles before.
     all_counts = tl.zeros([BLOCK_TILES, RADIX], tl.int32)
     counts_before = tl.zeros([BLOCK_TILES, RADIX], tl.int32)
-    for first in range(0, num_tiles, BLOCK_TILES):
-        tiles = first + tl.arange(0, BLOCK_TILES)
+    for first_tile in range(0, num_tiles, BLOCK_TILES):
+        tiles = first_tile + tl.arange(0, BLOCK_TILES)
         counts = tl.load(
             counts_ptr + tiles[:, None] * RADIX + digits[None, :], mask=(tiles < num_tiles)[:, None], other=0
         )
@@ -163,17 +177,20 @@ def _digit_scatter_kernel(
         if FIRST_PASS:
             keys = _as_keys(keys, vocab_size, ignore_index, HAS_IGNORED)
         digit = (keys >> SHIFT) & (RADIX - 1)
+        # Of two ids with one digit, the earlier has the smaller of these numbers, by at most its distance from the
+        # start: as unsigned numbers, one comparison tells an earlier equal from everything else.
+        local = tl.arange(0, TILE)
+        number = digit * TILE + local - 1
         # Counted in a tile, and summed across threads once, at the end.
         earlier = tl.zeros([TILE, BLOCK_OTHERS], tl.int32)
-        for first in range(0, TILE, BLOCK_OTHERS):
-            others = base + first + tl.arange(0, BLOCK_OTHERS)
-            other_mask = others < num_ids
-            other_keys = tl.load(ids_ptr + others, mask=other_mask, other=0)
+        for first in tl.static_range(0, TILE, BLOCK_OTHERS):
+            other = first + tl.arange(0, BLOCK_OTHERS)
+            other_keys = tl.load(ids_ptr + base + other, mask=base + other < num_ids, other=0)
             if FIRST_PASS:
                 other_keys = _as_keys(other_keys, vocab_size, ignore_index, HAS_IGNORED)
-            other_digit = (other_keys >> SHIFT) & (RADIX - 1)
-            same = (other_digit[None, :] == digit[:, None]) & (others[None, :] < offsets[:, None])
-            earlier += (same & other_mask[None, :]).to(tl.int32)
+            other_number = ((other_keys >> SHIFT) & (RADIX - 1)) * TILE + other
+            distance = (number[:, None] - other_number[None, :]).to(tl.uint32, bitcast=True)
+            earlier += (distance < local.to(tl.uint32)[:, None]).to(tl.int32)
         place = tl.gather(next_place, digit, 0) + tl.sum(earlier, axis=1)
         if FIRST_PASS:
             positions = offsets
@@ -192,8 +209,12 @@ def _segment_starts_kernel(
     vocab_size,
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program finds where BLOCK ids begin among the sorted ones, by bisection."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = ids <= vocab_size
     low = tl.zeros([BLOCK], tl.int32)
@@ -218,16 +239,20 @@ def _radix_sort(ids: Tensor, vocab_size: int, ignore_index: int | None, num_ids:
     for shift in range(0, vocab_size.bit_length(), DIGIT_BITS):
         keys = torch.empty(num_ids, dtype=torch.int32, device=ids.device)
         order = torch.empty_like(keys)
-        options = {
+        options: dict[str, Any] = {
             "SHIFT": shift,
             "FIRST_PASS": shift == 0,
             "HAS_IGNORED": ignore_index is not None,
             "RADIX": radix,
             "TILE": TILE_SIZE,
+            "OVERLAP": can_overlap(ids),
+            "early": can_overlap(ids),
         }
         ignored = -1 if ignore_index is None else ignore_index
-        _digit_counts_kernel[(num_tiles,)](source, counts, num_ids, subtiles, vocab_size, ignored, **options)
-        _digit_scatter_kernel[(num_tiles,)](
+        launch(_digit_counts_kernel, (num_tiles,), source, counts, num_ids, subtiles, vocab_size, ignored, **options)
+        launch(
+            _digit_scatter_kernel,
+            (num_tiles,),
             source,
             positions,
             counts,
@@ -238,9 +263,9 @@ def _radix_sort(ids: Tensor, vocab_size: int, ignore_index: int | None, num_ids:
             subtiles,
             vocab_size,
             ignored,
-            BLOCK_TILES=16,
+            BLOCK_TILES=BLOCK_TILES,
             BLOCK_OTHERS=TILE_OTHERS,
-            num_warps=8,
+            num_warps=SCATTER_WARPS,
             **options,
         )
         source, positions = keys, order
@@ -259,7 +284,9 @@ def find_segments(ids: Tensor, vocab_size: int, ignore_index: int | None) -> Seg
     if num_ids <= RANK_SORT_LIMIT:
         keys = torch.empty(num_ids, dtype=torch.int32, device=ids.device)
         order = torch.empty_like(keys)
-        _rank_sort_kernel[(triton.cdiv(num_ids, RANK_BLOCK),)](
+        launch(
+            _rank_sort_kernel,
+            (triton.cdiv(num_ids, RANK_BLOCK),),
             ids,
             keys,
             order,
@@ -269,11 +296,22 @@ def find_segments(ids: Tensor, vocab_size: int, ignore_index: int | None) -> Seg
             HAS_IGNORED=ignore_index is not None,
             BLOCK=RANK_BLOCK,
             BLOCK_OTHERS=RANK_OTHERS,
+            OVERLAP=can_overlap(ids),
+            early=can_overlap(ids),
         )
     else:
         keys, order = _radix_sort(ids, vocab_size, ignore_index, num_ids)
     starts = torch.empty(vocab_size + 1, dtype=torch.int32, device=ids.device)
-    _segment_starts_kernel[(triton.cdiv(vocab_size + 1, STARTS_BLOCK),)](
-        keys, starts, num_ids, vocab_size, STEPS=num_ids.bit_length() + 1, BLOCK=STARTS_BLOCK
+    launch(
+        _segment_starts_kernel,
+        (triton.cdiv(vocab_size + 1, STARTS_BLOCK),),
+        keys,
+        starts,
+        num_ids,
+        vocab_size,
+        STEPS=num_ids.bit_length() + 1,
+        BLOCK=STARTS_BLOCK,
+        OVERLAP=can_overlap(ids),
+        early=can_overlap(ids),
     )
     return Segments(keys, order, starts)

@@ -14,6 +14,8 @@ cut into chunks: a chunk that is all one id is summed by a warp of its own, and 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -28,7 +30,7 @@ from npp_kernels._checks import (
     check_id_range,
     check_same_device,
 )
-from npp_kernels._dispatch import launch_device, runs_kernels
+from npp_kernels._dispatch import can_overlap, launch, runs_kernels
 from npp_kernels._segments import find_segments
 
 # H100, 2026-11-24, bf16, V = 16,384, 256 images of 16×16 tokens; docs/tuning.md has what else was tried.
@@ -41,8 +43,10 @@ UNROLLED_SLOTS = 8
 CHUNK_SIZE = 64
 WARP_ROWS = 2
 WARP_HIDDEN = 512
+WARP_UNROLL = 4
+FREQUENT_SPAN = 8
 FREQUENT_ROWS = 64
-FREQUENT_HIDDEN = 128
+FREQUENT_HIDDEN = 32
 
 # The PyTorch path gathers so many elements at a time, to keep them in a CPU's cache.
 TORCH_CHUNK_ELEMENTS = 1 << 18
@@ -135,11 +139,11 @@ def _group_mean_kernel(
 @triton.jit
 def _sum_positions(
     grad_ptr, order_ptr, counts_ptr, first, last, columns, column_mask, hidden_size,
-    GROUP_SIZE: tl.constexpr, HAS_IGNORED: tl.constexpr, ROWS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, HAS_IGNORED: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Sum the gradients of the groups at ``order[first:last]``, ROWS at a time."""
     total = tl.zeros([ROWS, columns.shape[0]], tl.float32)
-    for base in range(first, last, ROWS):
+    for base in tl.range(first, last, ROWS, loop_unroll_factor=UNROLL):
         places = base + tl.arange(0, ROWS)
         place_mask = places < last
         group = tl.load(order_ptr + places, mask=place_mask, other=0).to(tl.int64) // GROUP_SIZE
@@ -185,8 +189,13 @@ def _segment_sums_kernel(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
+    UNROLL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program, one warp, sums BLOCK_HIDDEN columns of one chunk or of one row; the chunks, longer, come first."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     task = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     column_mask = columns < hidden_size
@@ -203,7 +212,7 @@ def _segment_sums_kernel(
     if mine:
         total = _sum_positions(
             grad_ptr, order_ptr, counts_ptr, first, last, columns, column_mask, hidden_size,
-            GROUP_SIZE, HAS_IGNORED, ROWS,
+            GROUP_SIZE, HAS_IGNORED, ROWS, UNROLL,
         )  # fmt: skip
         if task < num_chunks:
             tl.store(sums_ptr + task.to(tl.int64) * hidden_size + columns, total, mask=column_mask)
@@ -226,35 +235,44 @@ def _frequent_rows_kernel(
     GROUP_SIZE: tl.constexpr,
     HAS_IGNORED: tl.constexpr,
     CHUNK: tl.constexpr,
+    SPAN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """One program writes BLOCK_HIDDEN columns of one row, if its chunk is the first whole one of that row's segment."""
-    chunk = tl.program_id(0)
-    key = tl.load(keys_ptr + chunk * CHUNK)
-    if (key == tl.load(keys_ptr + chunk * CHUNK + CHUNK - 1)) & (key < vocab_size):
-        first = tl.load(starts_ptr + key)
-        last = tl.load(starts_ptr + key + 1)
-        if first > (chunk - 1) * CHUNK:
-            columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-            column_mask = columns < hidden_size
+    """One program writes BLOCK_HIDDEN columns of the rows whose first whole chunk is one of its SPAN."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    column_mask = columns < hidden_size
+    chunks = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
+    mask = chunks < num_chunks
+    keys = tl.load(keys_ptr + chunks * CHUNK, mask=mask, other=vocab_size)
+    whole = (keys == tl.load(keys_ptr + chunks * CHUNK + CHUNK - 1, mask=mask, other=-1)) & (keys < vocab_size)
+    leads = whole & (tl.load(starts_ptr + keys, mask=whole, other=0) > (chunks - 1) * CHUNK)
+    for offset in range(SPAN):
+        if tl.max(tl.where(chunks == tl.program_id(0) * SPAN + offset, leads.to(tl.int32), 0), axis=0) > 0:
+            chunk = tl.program_id(0) * SPAN + offset
+            key = tl.load(keys_ptr + chunk * CHUNK)
+            first = tl.load(starts_ptr + key)
+            last = tl.load(starts_ptr + key + 1)
             last_chunk = last // CHUNK
             partial = tl.zeros([ROWS, BLOCK_HIDDEN], tl.float32)
             for base in tl.range(chunk, last_chunk, ROWS, loop_unroll_factor=2):
-                chunks = (base + tl.arange(0, ROWS)).to(tl.int64)
+                others = (base + tl.arange(0, ROWS)).to(tl.int64)
                 partial += tl.load(
-                    sums_ptr + chunks[:, None] * hidden_size + columns[None, :],
-                    mask=(chunks < last_chunk)[:, None] & column_mask[None, :],
+                    sums_ptr + others[:, None] * hidden_size + columns[None, :],
+                    mask=(others < last_chunk)[:, None] & column_mask[None, :],
                     other=0.0,
                 )
             total = tl.sum(partial, axis=0)
             total += _sum_positions(
                 grad_ptr, order_ptr, counts_ptr, first, chunk * CHUNK, columns, column_mask, hidden_size,
-                GROUP_SIZE, HAS_IGNORED, ROWS,
+                GROUP_SIZE, HAS_IGNORED, ROWS, 1,
             )  # fmt: skip
             total += _sum_positions(
                 grad_ptr, order_ptr, counts_ptr, last_chunk * CHUNK, last, columns, column_mask, hidden_size,
-                GROUP_SIZE, HAS_IGNORED, ROWS,
+                GROUP_SIZE, HAS_IGNORED, ROWS, 1,
             )  # fmt: skip
             _store_row(grad_table_ptr, key, total, columns, column_mask, hidden_size, GROUP_SIZE, HAS_IGNORED)
 
@@ -273,23 +291,24 @@ def _launch_forward(
         return out, counts
     block_hidden = min(triton.next_power_of_2(hidden_size), MAX_BLOCK_HIDDEN)
     block_groups = max(BLOCK_ELEMENTS // (block_hidden * min(triton.next_power_of_2(group_size), UNROLLED_SLOTS)), 1)
-    with launch_device(table):
-        _group_mean_kernel[(triton.cdiv(num_groups, block_groups), triton.cdiv(hidden_size, block_hidden))](
-            table,
-            groups,
-            out,
-            counts,
-            num_groups,
-            vocab_size,
-            hidden_size,
-            table.stride(0),
-            -1 if ignore_index is None else ignore_index,
-            GROUP_SIZE=group_size,
-            HAS_IGNORED=ignore_index is not None,
-            BLOCK_GROUPS=block_groups,
-            BLOCK_HIDDEN=block_hidden,
-            UNROLL=UNROLLED_SLOTS,
-        )
+    launch(
+        _group_mean_kernel,
+        (triton.cdiv(num_groups, block_groups), triton.cdiv(hidden_size, block_hidden)),
+        table,
+        groups,
+        out,
+        counts,
+        num_groups,
+        vocab_size,
+        hidden_size,
+        table.stride(0),
+        -1 if ignore_index is None else ignore_index,
+        GROUP_SIZE=group_size,
+        HAS_IGNORED=ignore_index is not None,
+        BLOCK_GROUPS=block_groups,
+        BLOCK_HIDDEN=block_hidden,
+        UNROLL=UNROLLED_SLOTS,
+    )
     return out, counts
 
 
@@ -303,19 +322,38 @@ def _launch_backward(
         return grad_table.zero_()
     num_chunks = groups.numel() // CHUNK_SIZE
     sums = torch.empty((num_chunks, hidden_size), dtype=torch.float32, device=grad.device)
-    options = {"GROUP_SIZE": group_size, "HAS_IGNORED": counts is not None, "CHUNK": CHUNK_SIZE}
-    with launch_device(grad):
-        keys, order, starts = find_segments(groups, vocab_size, ignore_index)
-        arguments = (grad, keys, order, starts, counts, sums, grad_table, num_chunks, vocab_size, hidden_size)
-        block_hidden = min(triton.next_power_of_2(hidden_size), WARP_HIDDEN)
-        _segment_sums_kernel[(num_chunks + vocab_size, triton.cdiv(hidden_size, block_hidden))](
-            *arguments, ROWS=WARP_ROWS, BLOCK_HIDDEN=block_hidden, num_warps=1, **options
+    keys, order, starts = find_segments(groups, vocab_size, ignore_index)
+    arguments = (grad, keys, order, starts, counts, sums, grad_table, num_chunks, vocab_size, hidden_size)
+    options: dict[str, Any] = {
+        "GROUP_SIZE": group_size,
+        "HAS_IGNORED": counts is not None,
+        "CHUNK": CHUNK_SIZE,
+        "OVERLAP": can_overlap(grad),
+        "early": can_overlap(grad),
+    }
+    block_hidden = min(triton.next_power_of_2(hidden_size), WARP_HIDDEN)
+    launch(
+        _segment_sums_kernel,
+        (num_chunks + vocab_size, triton.cdiv(hidden_size, block_hidden)),
+        *arguments,
+        ROWS=WARP_ROWS,
+        BLOCK_HIDDEN=block_hidden,
+        UNROLL=WARP_UNROLL,
+        num_warps=1,
+        **options,
+    )
+    if num_chunks:
+        block_hidden = min(triton.next_power_of_2(hidden_size), FREQUENT_HIDDEN)
+        launch(
+            _frequent_rows_kernel,
+            (triton.cdiv(num_chunks, FREQUENT_SPAN), triton.cdiv(hidden_size, block_hidden)),
+            *arguments,
+            SPAN=FREQUENT_SPAN,
+            ROWS=FREQUENT_ROWS,
+            BLOCK_HIDDEN=block_hidden,
+            num_warps=4,
+            **options,
         )
-        if num_chunks:
-            block_hidden = min(triton.next_power_of_2(hidden_size), FREQUENT_HIDDEN)
-            _frequent_rows_kernel[(num_chunks, triton.cdiv(hidden_size, block_hidden))](
-                *arguments, ROWS=FREQUENT_ROWS, BLOCK_HIDDEN=block_hidden, num_warps=8, **options
-            )
     return grad_table
 
 

@@ -114,15 +114,15 @@ class _Problem:
                 self.coefficients.slot_scale,
                 self.coefficients.totals,
                 chunk_losses,
-                rows[chunk],
+                rows[:, chunk],
                 self.settings,
                 stats,
             )
             return
-        torch_loss(logits, self.groups[chunk], self.coefficients, chunk_losses, rows[chunk], self.settings, stats)
+        torch_loss(logits, self.groups[chunk], self.coefficients, chunk_losses, rows[:, chunk], self.settings, stats)
         if grad:
             unit = torch.ones((), dtype=self.wide, device=logits.device)
-            torch_gradient(logits, logits, self.groups[chunk], self.coefficients, rows[chunk], unit, self.settings)
+            torch_gradient(logits, logits, self.groups[chunk], self.coefficients, rows[:, chunk], unit, self.settings)
 
     def overwrite_with_gradient(self, chunk: slice, logits: Tensor, rows: Tensor, upstream: Tensor) -> None:
         """Overwrite the chunk's ``logits`` by their gradient, for a known upstream."""
@@ -134,14 +134,14 @@ class _Problem:
                 self.groups[chunk],
                 self.coefficients.slot_scale,
                 self.coefficients.totals,
-                rows[chunk],
+                rows[:, chunk],
                 chunk_upstream,
                 self.settings,
                 skip_unit=False,
             )
         else:
             torch_gradient(
-                logits, logits, self.groups[chunk], self.coefficients, rows[chunk], chunk_upstream, self.settings
+                logits, logits, self.groups[chunk], self.coefficients, rows[:, chunk], chunk_upstream, self.settings
             )
 
 
@@ -204,7 +204,7 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
         ctx, hidden, weight, bias, groups, slot_scale, totals, settings, dtype, chunk_rows, per_target, wants, stats
     ):
         wide = torch.promote_types(dtype, torch.float32)
-        rows = torch.empty((groups.shape[0], 4), dtype=wide, device=hidden.device)
+        rows = torch.empty((4, groups.shape[0]), dtype=wide, device=hidden.device)
         losses = torch.empty(groups.shape, dtype=wide, device=hidden.device) if per_target else None
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         ctx.problem_options = (settings, dtype, chunk_rows)
@@ -228,7 +228,7 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, groups, slot_scale, totals, rows, *grads)
         ctx.mark_non_differentiable(rows)
         ctx.set_materialize_grads(False)
-        return (rows[:, 0].sum() if losses is None else losses), rows
+        return (rows[0].sum() if losses is None else losses), rows
 
     @staticmethod
     @first_order_only("linear_patch_cross_entropy")

@@ -24,7 +24,6 @@ from npp_kernels._autograd import first_order_only
 from npp_kernels._checks import check_floating, check_groups, check_id_range, check_same_device, described
 from npp_kernels._dispatch import runs_kernels
 from npp_kernels._loss_kernels import (
-    MAX_TICKETS,
     LossSettings,
     count_targets,
     launch_gradient,
@@ -55,7 +54,7 @@ class Coefficients(NamedTuple):
 
     slot_scale: Tensor | None  # [K]
     totals: Tensor | None  # [2, n]: partial sums of the targets' weight, and of the rows with a target
-    ticket: Tensor | None = None  # [1], 0: for the kernel that adds up the loss; None where nothing was counted
+    ticket: Tensor | None = None  # [1]: for `launch_loss`, if the counting was the last thing launched
 
 
 def check_options(
@@ -124,6 +123,7 @@ def find_coefficients(
             weight = counted.sum() if weights is None else (counted * weights).sum()
             totals = torch.stack([weight.to(wide), counted.any(1).sum().to(wide)]).view(2, 1)
     if num_targets is not None:
+        ticket = None
         if totals is None:
             totals = torch.ones((2, 1), dtype=wide, device=like.device)
         else:
@@ -134,7 +134,7 @@ def find_coefficients(
         weights = torch.ones_like(counts) if weights is None else weights
         weight_in_use = (weights * (counts > 0)).sum()
         weight_in_use = torch.where(weight_in_use == 0, 1, weight_in_use)
-        return Coefficients(weights / counts.clamp(min=1) / weight_in_use, totals, ticket), "none"
+        return Coefficients(weights / counts.clamp(min=1) / weight_in_use, totals), "none"
     return Coefficients(weights, totals, ticket), normalize
 
 
@@ -180,7 +180,7 @@ def torch_loss(
     settings: LossSettings,
     stats: bool,
 ) -> None:
-    """`launch_loss` in PyTorch, without the gradient: fills ``losses [N, K]`` and ``rows [N, 4]``."""
+    """`launch_loss` in PyTorch, without the gradient: fills ``losses [N, K]`` and ``rows [4, N]``."""
     wide = rows.dtype
     vocab_size = logits.shape[1]
     target_coefficients = _torch_coefficients(groups, coefficients, settings, wide)
@@ -200,15 +200,15 @@ def torch_loss(
         loss = (target_coefficients[chunk] * target_losses).sum(1)
         if settings.z_loss is not None:
             loss = loss + (penalty[chunk] * lse.square()).masked_fill(penalty[chunk] == 0, 0)
-        rows[chunk, 0] = loss
-        rows[chunk, 1] = lse
+        rows[0, chunk] = loss
+        rows[1, chunk] = lse
         if losses is not None:
             losses[chunk] = target_losses
         if stats:
             hit = (logits[chunk].argmax(1, keepdim=True) == targets) & counted
             p = torch.softmax(z, 1)
-            rows[chunk, 2] = hit.any(1).to(wide)
-            rows[chunk, 3] = -torch.xlogy(p, p).sum(1)
+            rows[2, chunk] = hit.any(1).to(wide)
+            rows[3, chunk] = -torch.xlogy(p, p).sum(1)
 
 
 def torch_gradient(
@@ -226,7 +226,7 @@ def torch_gradient(
     target_coefficients = _torch_coefficients(groups, coefficients, settings, wide) * upstream
     row_coefficients = target_coefficients.sum(1, keepdim=True)
     penalty = _torch_penalty(groups, coefficients, settings, wide) * (upstream if upstream.ndim == 0 else 0)
-    softmax_weight = row_coefficients + 2 * (penalty * rows[:, 1]).masked_fill(penalty == 0, 0).unsqueeze(1)
+    softmax_weight = row_coefficients + 2 * (penalty * rows[1]).masked_fill(penalty == 0, 0).unsqueeze(1)
     idle = (target_coefficients == 0).all(1) & (penalty == 0)
     smoothing = settings.label_smoothing or 0.0
     step = max(TORCH_CHUNK_ELEMENTS // vocab_size, 1)
@@ -234,7 +234,7 @@ def torch_gradient(
         chunk = slice(first, first + step)
         z = _torch_capped(logits[chunk], settings.softcap, wide)
         targets = groups[chunk].masked_fill(groups[chunk] == settings.ignore_index, 0).long()
-        dz = torch.exp(z - rows[chunk, 1:2]).mul_(softmax_weight[chunk])
+        dz = torch.exp(z - rows[1, chunk].unsqueeze(1)).mul_(softmax_weight[chunk])
         dz.sub_(smoothing / vocab_size * row_coefficients[chunk])
         dz.scatter_add_(1, targets, (smoothing - 1) * target_coefficients[chunk])
         if settings.softcap is not None:
@@ -245,12 +245,12 @@ def torch_gradient(
 def shaped_result(
     loss: Tensor, rows: Tensor, groups: Tensor, return_stats: bool
 ) -> Tensor | tuple[Tensor, PatchLossStats]:
-    """Return the loss, per target in the shape of ``groups``, and where asked the statistics from ``rows [N, 4]``."""
+    """Return the loss, per target in the shape of ``groups``, and where asked the statistics from ``rows [4, N]``."""
     if loss.ndim:
         loss = loss.view(groups.shape)
     if not return_stats:
         return loss
-    return loss, PatchLossStats(*(rows[:, column].float().view(groups.shape[:-1]) for column in (1, 2, 3)))
+    return loss, PatchLossStats(*(rows[column].float().view(groups.shape[:-1]) for column in (1, 2, 3)))
 
 
 class _PatchCrossEntropy(torch.autograd.Function):
@@ -258,7 +258,7 @@ class _PatchCrossEntropy(torch.autograd.Function):
     def forward(ctx, logits, groups, slot_scale, totals, ticket, settings, per_target, wants_grad, inplace, stats):
         num_rows, group_size = groups.shape
         wide = torch.promote_types(logits.dtype, torch.float32)
-        rows = torch.empty((num_rows, 4), dtype=wide, device=logits.device)
+        rows = torch.empty((4, num_rows), dtype=wide, device=logits.device)
         losses = torch.empty((num_rows, group_size), dtype=wide, device=logits.device) if per_target else None
         grad = loss = None
         if runs_kernels(logits):
@@ -268,15 +268,11 @@ class _PatchCrossEntropy(torch.autograd.Function):
                     # Whoever saved these logits for a backward of its own must find out.
                     torch.autograd.graph.increment_version(logits)
             if num_rows:
-                if num_rows > MAX_TICKETS:
-                    ticket = None
-                if ticket is not None:
-                    loss = torch.empty((), dtype=wide, device=logits.device)
-                launch_loss(logits, grad, groups, slot_scale, totals, losses, rows, settings, stats, ticket, loss)
+                loss = launch_loss(logits, grad, groups, slot_scale, totals, losses, rows, settings, stats, ticket)
         else:
             torch_loss(logits, groups, Coefficients(slot_scale, totals), losses, rows, settings, stats)
         if loss is None:
-            loss = rows[:, 0].sum() if losses is None else losses
+            loss = rows[0].sum() if losses is None else losses
         ctx.save_for_backward(logits, groups, slot_scale, totals, rows, grad)
         ctx.settings, ctx.inplace, ctx.ran = settings, inplace, False
         ctx.mark_non_differentiable(rows)

@@ -21,10 +21,12 @@ from npp_kernels.group_mean import (
     CHUNK_SIZE,
     FREQUENT_HIDDEN,
     FREQUENT_ROWS,
+    FREQUENT_SPAN,
     MAX_BLOCK_HIDDEN,
     UNROLLED_SLOTS,
     WARP_HIDDEN,
     WARP_ROWS,
+    WARP_UNROLL,
     _frequent_rows_kernel,
     _group_mean_kernel,
     _segment_sums_kernel,
@@ -50,9 +52,12 @@ SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024,
 def compile_kernel(kernel, target, arguments):
     """Compile ``kernel`` with ``arguments`` by name: a type ("*bf16", "i32"), or a value that is fixed.
 
-    Pointers and 32-bit sizes are taken as multiples of 16, as they are in training.
+    Pointers and 32-bit sizes are taken as multiples of 16, as they are in training; kernels overlap where the target
+    can do that.
     """
     arguments = dict(arguments)
+    if "OVERLAP" in arguments:
+        arguments["OVERLAP"] = target in ("sm_90", "sm_100")
     options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
     types = {
         name: value if isinstance(value, str) and re.match(r"\*|i32|i64|fp32", value) else "constexpr"
@@ -95,20 +100,21 @@ def segment_arguments(dtype, group_size, ignored):
         "grad_ptr": f"*{dtype}", "keys_ptr": "*i32", "order_ptr": "*i32", "starts_ptr": "*i32",
         "counts_ptr": "*fp32" if ignored else None, "sums_ptr": "*fp32", "grad_table_ptr": f"*{dtype}",
         "num_chunks": "i32", "vocab_size": "i32", "hidden_size": "i32", "GROUP_SIZE": group_size,
-        "HAS_IGNORED": ignored, "CHUNK": CHUNK_SIZE,
+        "HAS_IGNORED": ignored, "CHUNK": CHUNK_SIZE, "OVERLAP": False,
     }  # fmt: skip
 
 
 def segment_sums_arguments(dtype, group_size, ignored):
     return {
-        **segment_arguments(dtype, group_size, ignored), "ROWS": WARP_ROWS, "BLOCK_HIDDEN": WARP_HIDDEN, "num_warps": 1,
+        **segment_arguments(dtype, group_size, ignored), "ROWS": WARP_ROWS, "BLOCK_HIDDEN": WARP_HIDDEN,
+        "UNROLL": WARP_UNROLL, "num_warps": 1,
     }  # fmt: skip
 
 
 def frequent_rows_arguments(dtype, group_size, ignored):
     return {
-        **segment_arguments(dtype, group_size, ignored), "ROWS": FREQUENT_ROWS, "BLOCK_HIDDEN": FREQUENT_HIDDEN,
-        "num_warps": 8,
+        **segment_arguments(dtype, group_size, ignored), "SPAN": FREQUENT_SPAN, "ROWS": FREQUENT_ROWS,
+        "BLOCK_HIDDEN": FREQUENT_HIDDEN, "num_warps": 4,
     }  # fmt: skip
 
 
@@ -124,7 +130,7 @@ def rank_sort_arguments():
     return {
         "ids_ptr": "*i64", "keys_ptr": "*i32", "order_ptr": "*i32", "num_ids": "i32", "vocab_size": "i32",
         "ignore_index": "i32", "HAS_IGNORED": True, "BLOCK": _segments.RANK_BLOCK,
-        "BLOCK_OTHERS": _segments.RANK_OTHERS,
+        "BLOCK_OTHERS": _segments.RANK_OTHERS, "OVERLAP": False,
     }  # fmt: skip
 
 
@@ -133,20 +139,22 @@ def digit_arguments(first_pass):
         "ids_ptr": "*i64" if first_pass else "*i32", "counts_ptr": "*i32", "num_ids": "i32", "subtiles": "i32",
         "vocab_size": "i32", "ignore_index": "i32", "SHIFT": 0 if first_pass else 8, "FIRST_PASS": first_pass,
         "HAS_IGNORED": True, "RADIX": 1 << _segments.DIGIT_BITS, "TILE": _segments.TILE_SIZE,
+        "OVERLAP": False,
     }  # fmt: skip
 
 
 def digit_scatter_arguments(first_pass):
     return {
         **digit_arguments(first_pass), "positions_ptr": "*i32", "keys_ptr": "*i32", "order_ptr": "*i32",
-        "num_tiles": "i32", "BLOCK_TILES": 16, "BLOCK_OTHERS": _segments.TILE_OTHERS, "num_warps": 8,
+        "num_tiles": "i32", "BLOCK_TILES": _segments.BLOCK_TILES, "BLOCK_OTHERS": _segments.TILE_OTHERS,
+        "num_warps": _segments.SCATTER_WARPS,
     }  # fmt: skip
 
 
 def segment_starts_arguments():
     return {
         "keys_ptr": "*i32", "starts_ptr": "*i32", "num_ids": "i32", "vocab_size": "i32", "STEPS": 17,
-        "BLOCK": _segments.STARTS_BLOCK,
+        "BLOCK": _segments.STARTS_BLOCK, "OVERLAP": False,
     }  # fmt: skip
 
 
@@ -155,9 +163,11 @@ def loss_arguments(dtype, vocab_size, group_size, *, everything, totals=True):
     return {
         "logits_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "groups_ptr": "*i64",
         "slot_scale_ptr": "*fp32" if everything else None, "totals_ptr": "*fp32" if totals else None,
-        "rows_ptr": "*fp32", "logits_stride": "i32", "grad_stride": "i32", "vocab_size": "i32", "ignore_index": "i32",
+        "rows_ptr": "*fp32", "logits_stride": "i32", "grad_stride": "i32", "rows_stride": "i32", "vocab_size": "i32",
+        "ignore_index": "i32",
         "label_smoothing": "fp32" if everything else None, "z_loss": "fp32" if everything else None,
-        "softcap": "fp32" if everything else None, "NORMALIZE": "target" if totals else "none", **slots,
+        "softcap": "fp32" if everything else None, "NORMALIZE": "target" if totals else "none",
+        "OVERLAP": False, **slots,
     }  # fmt: skip
 
 
@@ -184,14 +194,14 @@ def count_arguments(group_size):
         "num_rows": "i32", "ignore_index": "i32", "GROUP_SIZE": group_size,
         "BLOCK_SLOTS": triton.next_power_of_2(group_size), "BLOCK_ROWS": max(
             _loss_kernels.COUNT_BLOCK // triton.next_power_of_2(group_size), 1
-        ),
+        ), "OVERLAP": False,
     }  # fmt: skip
 
 
 def scale_arguments(dtype):
     return {
         "grad_ptr": f"*{dtype}", "upstream_ptr": "*fp32", "num_rows": "i32", "grad_stride": "i32", "row_size": "i32",
-        "BLOCK": _loss_kernels.GRADIENT_BLOCK,
+        "BLOCK": _loss_kernels.GRADIENT_BLOCK, "OVERLAP": False,
     }  # fmt: skip
 
 
