@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npp_kernels._dispatch import can_overlap, launch, num_multiprocessors
+from npp_kernels._dispatch import can_overlap, cdiv, launch, next_power_of_2, num_multiprocessors
 from npp_kernels._triton_math import cap_derivative, capped, exp
 
 # H100, 2026-11-24, bf16; docs/tuning.md has what else was tried.
@@ -346,7 +346,7 @@ def _loss_kernel(
         softmax_weight = row_coefficient + 2.0 * penalty * lse
         idle = (row_coefficient == 0) & (penalty == 0)
         if ONE_BLOCK:
-            weighted_softmax = exponentials * (softmax_weight / total)
+            weighted_softmax = exponentials * tl.div_rn(softmax_weight, total)
             gradient = _gradient_away_from_targets(weighted_softmax, logits, spread, idle, softcap)
             tl.store(grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
         else:
@@ -485,14 +485,14 @@ def _scale_kernel(
 
 def _slot_options(group_size: int, totals: Tensor | None) -> dict[str, int]:
     """Return the constants that describe a group and the partial totals."""
-    block_slots = triton.next_power_of_2(group_size)
+    block_slots = next_power_of_2(group_size)
     num_partials = 1 if totals is None else totals.shape[1]
     return {
         "GROUP_SIZE": group_size,
         "BLOCK_SLOTS": block_slots,
         "BLOCK_OTHERS": min(block_slots, DUPLICATE_SLOTS),
         "NUM_PARTIALS": num_partials,
-        "BLOCK_PARTIALS": triton.next_power_of_2(num_partials),
+        "BLOCK_PARTIALS": next_power_of_2(num_partials),
     }
 
 
@@ -500,7 +500,7 @@ def _row_options(vocab_size: int, itemsize: int, many_values: bool) -> dict[str,
     """Return the tiling of a row of logits; ``many_values`` where an option keeps more than the logits in registers."""
     limit = MAX_OPTIONS_BLOCK if many_values else MAX_BLOCK_BYTES // itemsize
     one_block = vocab_size <= limit
-    block_vocab = max(triton.next_power_of_2(vocab_size), 32) if one_block else limit
+    block_vocab = max(next_power_of_2(vocab_size), 32) if one_block else limit
     max_warps = 8 if many_values else 16 if one_block else 32
     num_warps = min(max(block_vocab * itemsize // WARP_BYTES, 1), max_warps)
     return {
@@ -517,9 +517,9 @@ def count_targets(groups: Tensor, slot_weights: Tensor | None, ignore_index: int
     The second result is a fresh ticket for `launch_loss`, if that is the next to be launched.
     """
     num_rows, group_size = groups.shape
-    block_slots = triton.next_power_of_2(group_size)
+    block_slots = next_power_of_2(group_size)
     block_rows = max(COUNT_BLOCK // block_slots, 1)
-    programs = max(min(triton.cdiv(num_rows, block_rows), MAX_PARTIALS), 1)
+    programs = max(min(cdiv(num_rows, block_rows), MAX_PARTIALS), 1)
     totals = torch.empty((2, programs), dtype=torch.float32, device=groups.device)
     ticket = torch.empty(1, dtype=torch.int32, device=groups.device)
     launch(
@@ -614,8 +614,8 @@ def launch_gradient(
     With ``skip_unit``, ``grad`` holds the gradient for an upstream of 1 already. ``grad`` may be ``logits``.
     """
     num_rows, vocab_size = logits.shape
-    block_vocab = min(max(triton.next_power_of_2(vocab_size), 32), GRADIENT_BLOCK)
-    tasks = num_rows * triton.cdiv(vocab_size, block_vocab)
+    block_vocab = min(max(next_power_of_2(vocab_size), 32), GRADIENT_BLOCK)
+    tasks = num_rows * cdiv(vocab_size, block_vocab)
     launch(
         _gradient_kernel,
         (min(tasks, GRADIENT_PROGRAMS * num_multiprocessors(logits)),),
@@ -649,8 +649,8 @@ def launch_gradient(
 def launch_scale(grad: Tensor, upstream: Tensor) -> None:
     """Multiply ``grad [N, M]`` by a scalar ``upstream`` in place, unless that is 1."""
     num_rows, row_size = grad.shape
-    block = min(max(triton.next_power_of_2(row_size), 32), GRADIENT_BLOCK)
-    tasks = num_rows * triton.cdiv(row_size, block)
+    block = min(max(next_power_of_2(row_size), 32), GRADIENT_BLOCK)
+    tasks = num_rows * cdiv(row_size, block)
     launch(
         _scale_kernel,
         (min(tasks, GRADIENT_PROGRAMS * num_multiprocessors(grad)),),

@@ -8,10 +8,10 @@ far too many bytes. Two sorts are here, chosen by length n alone:
   comparisons spread over the whole GPU in one launch.
 - `_digit_counts_kernel` and `_digit_scatter_kernel`, for long ones: a least-significant-digit radix sort, one pass per
   8 bits of the vocabulary size (2 passes up to 65,535 ids, 3 up to 16 million). The tiles are as many as the GPU keeps
-  running at once and each counts its own digits, so that a pass is two launches at any length. A skewed distribution
-  costs what a uniform one does: nothing is atomic, no bucket is a program's own.
+  running at once, so that a pass is one launch at any length. A skewed distribution costs what a uniform one does: no
+  bucket is a program's own.
 
-Bytes of a pass: 4 + 4 read twice and written once for each id; everything stays in the L2 for a million ids.
+Bytes of a pass: 4 + 4 read and written for each id; everything stays in the L2 for a million ids.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npp_kernels._dispatch import can_overlap, launch, num_multiprocessors
+from npp_kernels._dispatch import can_overlap, cdiv, launch, num_multiprocessors
 
 # H100, 2026-11-24: sorting 65,536 ids below 16,384 takes 44 µs in tiles of 256 and 78 in tiles of 512 (`torch.sort` of
 # the ids as int16, without segments: 45).
@@ -99,40 +99,41 @@ def _rank_sort_kernel(
 
 @triton.jit
 def _digit_counts_kernel(
-    ids_ptr,  # [num_ids]: the caller's ids in the first pass, the keys of the pass before in the later ones
-    counts_ptr,  # [num_tiles, RADIX] out
+    ids_ptr,  # [num_ids]
+    counts_ptr,  # [PASSES, num_tiles, RADIX] out: the first pass's counts, and 0 for the others'
     num_ids,
+    num_tiles,
     subtiles,
     vocab_size,
     ignore_index,
-    SHIFT: tl.constexpr,
-    FIRST_PASS: tl.constexpr,
     HAS_IGNORED: tl.constexpr,
+    PASSES: tl.constexpr,
     RADIX: tl.constexpr,
     TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program counts the digits of one tile of ``subtiles · TILE`` ids."""
+    """One program counts the lowest digits of one tile of ``subtiles · TILE`` ids."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
+    digits = tl.arange(0, RADIX)
     counts = tl.zeros([RADIX], tl.int32)
     for subtile in range(subtiles):
         offsets = (tile * subtiles + subtile) * TILE + tl.arange(0, TILE)
         mask = offsets < num_ids
-        keys = tl.load(ids_ptr + offsets, mask=mask, other=0)
-        if FIRST_PASS:
-            keys = _as_keys(keys, vocab_size, ignore_index, HAS_IGNORED)
-        counts += tl.histogram((keys >> SHIFT) & (RADIX - 1), RADIX, mask=mask)
-    tl.store(counts_ptr + tile * RADIX + tl.arange(0, RADIX), counts)
+        keys = _as_keys(tl.load(ids_ptr + offsets, mask=mask, other=0), vocab_size, ignore_index, HAS_IGNORED)
+        counts += tl.histogram(keys & (RADIX - 1), RADIX, mask=mask)
+    tl.store(counts_ptr + tile * RADIX + digits, counts)
+    for later in tl.static_range(1, PASSES):
+        tl.store(counts_ptr + (later * num_tiles + tile) * RADIX + digits, tl.zeros([RADIX], tl.int32))
 
 
 @triton.jit
 def _digit_scatter_kernel(
-    ids_ptr,  # [num_ids]
+    ids_ptr,  # [num_ids]: the caller's ids in the first pass, the keys of the pass before in the later ones
     positions_ptr,  # [num_ids], not read in the first pass
-    counts_ptr,  # [num_tiles, RADIX]
+    counts_ptr,  # [PASSES, num_tiles, RADIX] in, and out for the next pass
     keys_ptr,  # [num_ids] out
     order_ptr,  # [num_ids] out
     num_ids,
@@ -140,19 +141,24 @@ def _digit_scatter_kernel(
     subtiles,
     vocab_size,
     ignore_index,
-    SHIFT: tl.constexpr,
-    FIRST_PASS: tl.constexpr,
+    PASS: tl.constexpr,
+    PASSES: tl.constexpr,
+    BITS: tl.constexpr,
     HAS_IGNORED: tl.constexpr,
-    RADIX: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program moves one tile of ids to their places by one digit, keeping the order of equal digits."""
+    """One program moves one tile of ids to their places by one digit, keeping the order of equal digits.
+
+    It also counts the next digit, for the tiles that the ids go to: whole numbers add up to the same in any order.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    RADIX: tl.constexpr = 1 << BITS
+    SHIFT: tl.constexpr = PASS * BITS
     tile = tl.program_id(0)
     digits = tl.arange(0, RADIX)
 
@@ -162,7 +168,9 @@ def _digit_scatter_kernel(
     for first_tile in range(0, num_tiles, BLOCK_TILES):
         tiles = first_tile + tl.arange(0, BLOCK_TILES)
         counts = tl.load(
-            counts_ptr + tiles[:, None] * RADIX + digits[None, :], mask=(tiles < num_tiles)[:, None], other=0
+            counts_ptr + (PASS * num_tiles + tiles)[:, None] * RADIX + digits[None, :],
+            mask=(tiles < num_tiles)[:, None],
+            other=0,
         )
         all_counts += counts
         counts_before += tl.where((tiles < tile)[:, None], counts, 0)
@@ -174,7 +182,7 @@ def _digit_scatter_kernel(
         offsets = base + tl.arange(0, TILE)
         mask = offsets < num_ids
         keys = tl.load(ids_ptr + offsets, mask=mask, other=0)
-        if FIRST_PASS:
+        if PASS == 0:
             keys = _as_keys(keys, vocab_size, ignore_index, HAS_IGNORED)
         digit = (keys >> SHIFT) & (RADIX - 1)
         # Of two ids with one digit, the earlier has the smaller of these numbers, by at most its distance from the
@@ -186,18 +194,22 @@ def _digit_scatter_kernel(
         for first in tl.static_range(0, TILE, BLOCK_OTHERS):
             other = first + tl.arange(0, BLOCK_OTHERS)
             other_keys = tl.load(ids_ptr + base + other, mask=base + other < num_ids, other=0)
-            if FIRST_PASS:
+            if PASS == 0:
                 other_keys = _as_keys(other_keys, vocab_size, ignore_index, HAS_IGNORED)
             other_number = ((other_keys >> SHIFT) & (RADIX - 1)) * TILE + other
             distance = (number[:, None] - other_number[None, :]).to(tl.uint32, bitcast=True)
             earlier += (distance < local.to(tl.uint32)[:, None]).to(tl.int32)
         place = tl.gather(next_place, digit, 0) + tl.sum(earlier, axis=1)
-        if FIRST_PASS:
+        if PASS == 0:
             positions = offsets
         else:
             positions = tl.load(positions_ptr + offsets, mask=mask, other=0)
         tl.store(keys_ptr + place, keys, mask=mask)
         tl.store(order_ptr + place, positions, mask=mask)
+        if PASS + 1 < PASSES:
+            next_tile = (PASS + 1) * num_tiles + place // (subtiles * TILE)
+            next_digit = (keys >> (SHIFT + BITS)) & (RADIX - 1)
+            tl.atomic_add(counts_ptr + next_tile * RADIX + next_digit, 1, mask=mask, sem="relaxed")
         next_place += tl.histogram(digit, RADIX, mask=mask)
 
 
@@ -230,26 +242,23 @@ def _segment_starts_kernel(
 
 def _radix_sort(ids: Tensor, vocab_size: int, ignore_index: int | None, num_ids: int) -> tuple[Tensor, Tensor]:
     """Return the sorted keys and the order of ``ids``, by radix sort."""
-    radix = 1 << DIGIT_BITS
-    max_tiles = max(num_multiprocessors(ids), 2)
-    subtiles = triton.cdiv(num_ids, max_tiles * TILE_SIZE)
-    num_tiles = triton.cdiv(num_ids, subtiles * TILE_SIZE)
-    counts = torch.empty((num_tiles, radix), dtype=torch.int32, device=ids.device)
+    passes = cdiv(vocab_size.bit_length(), DIGIT_BITS)
+    subtiles = cdiv(num_ids, max(num_multiprocessors(ids), 2) * TILE_SIZE)
+    num_tiles = cdiv(num_ids, subtiles * TILE_SIZE)
+    counts = torch.empty((passes, num_tiles, 1 << DIGIT_BITS), dtype=torch.int32, device=ids.device)
+    sizes = (num_ids, num_tiles, subtiles, vocab_size, -1 if ignore_index is None else ignore_index)
+    options: dict[str, Any] = {
+        "PASSES": passes,
+        "HAS_IGNORED": ignore_index is not None,
+        "TILE": TILE_SIZE,
+        "OVERLAP": can_overlap(ids),
+        "early": can_overlap(ids),
+    }
+    launch(_digit_counts_kernel, (num_tiles,), ids, counts, *sizes, RADIX=1 << DIGIT_BITS, **options)
     source, positions = ids, ids
-    for shift in range(0, vocab_size.bit_length(), DIGIT_BITS):
+    for index in range(passes):
         keys = torch.empty(num_ids, dtype=torch.int32, device=ids.device)
         order = torch.empty_like(keys)
-        options: dict[str, Any] = {
-            "SHIFT": shift,
-            "FIRST_PASS": shift == 0,
-            "HAS_IGNORED": ignore_index is not None,
-            "RADIX": radix,
-            "TILE": TILE_SIZE,
-            "OVERLAP": can_overlap(ids),
-            "early": can_overlap(ids),
-        }
-        ignored = -1 if ignore_index is None else ignore_index
-        launch(_digit_counts_kernel, (num_tiles,), source, counts, num_ids, subtiles, vocab_size, ignored, **options)
         launch(
             _digit_scatter_kernel,
             (num_tiles,),
@@ -258,11 +267,9 @@ def _radix_sort(ids: Tensor, vocab_size: int, ignore_index: int | None, num_ids:
             counts,
             keys,
             order,
-            num_ids,
-            num_tiles,
-            subtiles,
-            vocab_size,
-            ignored,
+            *sizes,
+            PASS=index,
+            BITS=DIGIT_BITS,
             BLOCK_TILES=BLOCK_TILES,
             BLOCK_OTHERS=TILE_OTHERS,
             num_warps=SCATTER_WARPS,
@@ -286,7 +293,7 @@ def find_segments(ids: Tensor, vocab_size: int, ignore_index: int | None) -> Seg
         order = torch.empty_like(keys)
         launch(
             _rank_sort_kernel,
-            (triton.cdiv(num_ids, RANK_BLOCK),),
+            (cdiv(num_ids, RANK_BLOCK),),
             ids,
             keys,
             order,
@@ -304,7 +311,7 @@ def find_segments(ids: Tensor, vocab_size: int, ignore_index: int | None) -> Seg
     starts = torch.empty(vocab_size + 1, dtype=torch.int32, device=ids.device)
     launch(
         _segment_starts_kernel,
-        (triton.cdiv(vocab_size + 1, STARTS_BLOCK),),
+        (cdiv(vocab_size + 1, STARTS_BLOCK),),
         keys,
         starts,
         num_ids,

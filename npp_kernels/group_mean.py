@@ -30,7 +30,7 @@ from npp_kernels._checks import (
     check_id_range,
     check_same_device,
 )
-from npp_kernels._dispatch import can_overlap, launch, runs_kernels
+from npp_kernels._dispatch import cdiv, launch, next_power_of_2, runs_kernels
 from npp_kernels._segments import find_segments
 
 # H100, 2026-11-24, bf16, V = 16,384, 256 images of 16×16 tokens; docs/tuning.md has what else was tried.
@@ -44,9 +44,9 @@ CHUNK_SIZE = 64
 WARP_ROWS = 2
 WARP_HIDDEN = 512
 WARP_UNROLL = 4
-FREQUENT_SPAN = 8
+FREQUENT_SPAN = 4
 FREQUENT_ROWS = 64
-FREQUENT_HIDDEN = 32
+FREQUENT_HIDDEN = 64
 
 # The PyTorch path gathers so many elements at a time, to keep them in a CPU's cache.
 TORCH_CHUNK_ELEMENTS = 1 << 18
@@ -138,14 +138,16 @@ def _group_mean_kernel(
 
 @triton.jit
 def _sum_positions(
-    grad_ptr, order_ptr, counts_ptr, first, last, columns, column_mask, hidden_size,
+    grad_ptr, order_ptr, counts_ptr, first, last, again, end, columns, column_mask, hidden_size,
     GROUP_SIZE: tl.constexpr, HAS_IGNORED: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Sum the gradients of the groups at ``order[first:last]``, ROWS at a time."""
+    """Sum the gradients of the groups at ``order[first:last]`` and ``order[again:end]``, ROWS at a time."""
     total = tl.zeros([ROWS, columns.shape[0]], tl.float32)
-    for base in tl.range(first, last, ROWS, loop_unroll_factor=UNROLL):
+    length = last - first
+    for base in tl.range(0, length + (end - again), ROWS, loop_unroll_factor=UNROLL):
         places = base + tl.arange(0, ROWS)
-        place_mask = places < last
+        place_mask = places < length + (end - again)
+        places += tl.where(places < length, first, again - length)
         group = tl.load(order_ptr + places, mask=place_mask, other=0).to(tl.int64) // GROUP_SIZE
         rows = tl.load(
             grad_ptr + group[:, None] * hidden_size + columns[None, :],
@@ -190,12 +192,8 @@ def _segment_sums_kernel(
     ROWS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     UNROLL: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """One program, one warp, sums BLOCK_HIDDEN columns of one chunk or of one row; the chunks, longer, come first."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     task = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     column_mask = columns < hidden_size
@@ -211,7 +209,7 @@ def _segment_sums_kernel(
         mine = tl.cdiv(first, CHUNK) >= last // CHUNK
     if mine:
         total = _sum_positions(
-            grad_ptr, order_ptr, counts_ptr, first, last, columns, column_mask, hidden_size,
+            grad_ptr, order_ptr, counts_ptr, first, last, last, last, columns, column_mask, hidden_size,
             GROUP_SIZE, HAS_IGNORED, ROWS, UNROLL,
         )  # fmt: skip
         if task < num_chunks:
@@ -238,11 +236,8 @@ def _frequent_rows_kernel(
     SPAN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """One program writes BLOCK_HIDDEN columns of the rows whose first whole chunk is one of its SPAN."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     column_mask = columns < hidden_size
     chunks = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
@@ -267,12 +262,8 @@ def _frequent_rows_kernel(
                 )
             total = tl.sum(partial, axis=0)
             total += _sum_positions(
-                grad_ptr, order_ptr, counts_ptr, first, chunk * CHUNK, columns, column_mask, hidden_size,
-                GROUP_SIZE, HAS_IGNORED, ROWS, 1,
-            )  # fmt: skip
-            total += _sum_positions(
-                grad_ptr, order_ptr, counts_ptr, last_chunk * CHUNK, last, columns, column_mask, hidden_size,
-                GROUP_SIZE, HAS_IGNORED, ROWS, 1,
+                grad_ptr, order_ptr, counts_ptr, first, chunk * CHUNK, last_chunk * CHUNK, last, columns, column_mask,
+                hidden_size, GROUP_SIZE, HAS_IGNORED, ROWS, 1,
             )  # fmt: skip
             _store_row(grad_table_ptr, key, total, columns, column_mask, hidden_size, GROUP_SIZE, HAS_IGNORED)
 
@@ -289,11 +280,11 @@ def _launch_forward(
         counts = torch.empty(num_groups, dtype=torch.float32, device=table.device)
     if out.numel() == 0:
         return out, counts
-    block_hidden = min(triton.next_power_of_2(hidden_size), MAX_BLOCK_HIDDEN)
-    block_groups = max(BLOCK_ELEMENTS // (block_hidden * min(triton.next_power_of_2(group_size), UNROLLED_SLOTS)), 1)
+    block_hidden = min(next_power_of_2(hidden_size), MAX_BLOCK_HIDDEN)
+    block_groups = max(BLOCK_ELEMENTS // (block_hidden * min(next_power_of_2(group_size), UNROLLED_SLOTS)), 1)
     launch(
         _group_mean_kernel,
-        (triton.cdiv(num_groups, block_groups), triton.cdiv(hidden_size, block_hidden)),
+        (cdiv(num_groups, block_groups), cdiv(hidden_size, block_hidden)),
         table,
         groups,
         out,
@@ -324,17 +315,11 @@ def _launch_backward(
     sums = torch.empty((num_chunks, hidden_size), dtype=torch.float32, device=grad.device)
     keys, order, starts = find_segments(groups, vocab_size, ignore_index)
     arguments = (grad, keys, order, starts, counts, sums, grad_table, num_chunks, vocab_size, hidden_size)
-    options: dict[str, Any] = {
-        "GROUP_SIZE": group_size,
-        "HAS_IGNORED": counts is not None,
-        "CHUNK": CHUNK_SIZE,
-        "OVERLAP": can_overlap(grad),
-        "early": can_overlap(grad),
-    }
-    block_hidden = min(triton.next_power_of_2(hidden_size), WARP_HIDDEN)
+    options: dict[str, Any] = {"GROUP_SIZE": group_size, "HAS_IGNORED": counts is not None, "CHUNK": CHUNK_SIZE}
+    block_hidden = min(next_power_of_2(hidden_size), WARP_HIDDEN)
     launch(
         _segment_sums_kernel,
-        (num_chunks + vocab_size, triton.cdiv(hidden_size, block_hidden)),
+        (num_chunks + vocab_size, cdiv(hidden_size, block_hidden)),
         *arguments,
         ROWS=WARP_ROWS,
         BLOCK_HIDDEN=block_hidden,
@@ -343,10 +328,10 @@ def _launch_backward(
         **options,
     )
     if num_chunks:
-        block_hidden = min(triton.next_power_of_2(hidden_size), FREQUENT_HIDDEN)
+        block_hidden = min(next_power_of_2(hidden_size), FREQUENT_HIDDEN)
         launch(
             _frequent_rows_kernel,
-            (triton.cdiv(num_chunks, FREQUENT_SPAN), triton.cdiv(hidden_size, block_hidden)),
+            (cdiv(num_chunks, FREQUENT_SPAN), cdiv(hidden_size, block_hidden)),
             *arguments,
             SPAN=FREQUENT_SPAN,
             ROWS=FREQUENT_ROWS,

@@ -38,7 +38,7 @@ from npp_kernels.patch_cross_entropy import (
 # H100's rates 311/rows of the products' time, whatever V and D. 4,096 rows lose 8%, 512 rows 60% (H100, 2026-11-24:
 # 31 ms for V = 128,256, D = 2048, 8,192 rows in chunks of 512 rows; 21 in chunks of 2,048; 20 in chunks of 4,096).
 CHUNK_ROWS = 4096
-CHUNK_ELEMENTS = 1 << 28  # and no more than half a gigabyte of 16-bit logits, where the vocabulary is wide
+CHUNK_ELEMENTS = 1 << 29  # and no more than a gigabyte of 16-bit logits, where the vocabulary is wide
 CHUNK_MULTIPLE = 128
 
 
@@ -305,7 +305,7 @@ def linear_patch_cross_entropy(
             caller's, and are always overwritten.
         return_stats: also return `PatchLossStats`, from the same pass.
         chunk_rows: at most so many rows of logits exist at a time; where None, 4,096, or fewer so that they stay below
-            2²⁸ elements.
+            2²⁹ elements.
 
     Returns:
         The loss, 0-d, or with ``reduction="none"`` ``[..., K]`` with 0 where ignored; fp32, or fp64 for fp64 products.

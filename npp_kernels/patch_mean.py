@@ -19,7 +19,7 @@ from torch import Tensor
 
 from npp_kernels._autograd import first_order_only
 from npp_kernels._checks import check_floating
-from npp_kernels._dispatch import launch, runs_kernels
+from npp_kernels._dispatch import cdiv, launch, next_power_of_2, runs_kernels
 from npp_kernels.grouping import MAX_GRID_RANK, Patch, resolve_grid, resolve_patch
 
 BLOCK_ELEMENTS = 2048
@@ -85,11 +85,11 @@ def _launch(embeddings: Tensor, means: Tensor, grid: Sequence[int], patch: Seque
         return
     kt, kh, kw = (1,) * (MAX_GRID_RANK - len(patch)) + tuple(patch)
     height, width = ((1,) * (MAX_GRID_RANK - len(grid)) + tuple(grid))[1:]
-    block_hidden = min(triton.next_power_of_2(hidden_size), MAX_BLOCK_HIDDEN)
+    block_hidden = min(next_power_of_2(hidden_size), MAX_BLOCK_HIDDEN)
     block_patches = BLOCK_ELEMENTS // block_hidden
     launch(
         _patch_mean_kernel,
-        (triton.cdiv(num_patches, block_patches), triton.cdiv(hidden_size, block_hidden)),
+        (cdiv(num_patches, block_patches), cdiv(hidden_size, block_hidden)),
         embeddings,
         means,
         num_patches,

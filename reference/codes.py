@@ -6,6 +6,7 @@
     load_dataset("codes:DIR", "train")             what LlamaGen's extract_codes_c2i.py wrote; 1 in 100 is for testing
     load_dataset("codes:DIR+DIR,TEST", "train")    two sets of crops of the same images, and a test split of its own
     load_dataset("npz:FILE", "train")              arrays train, test, train_labels, test_labels, perhaps centroids
+    load_dataset("npz_mirrored:FILE", "train")     the same, every training image mirrored too; it needs the centroids
 
 A dataset keeps no state: which variant (crop, flip) of an image is read depends on the seed, the epoch and the image
 alone, so a run that resumes inside an epoch reads what it would have read.
@@ -274,9 +275,11 @@ def load_dataset(spec: str, split: str, *, seed: int = 0, cache: str | Path = CA
         return _fashion_mnist(Path(where or FASHION_MNIST), split, seed, Path(cache))
     if kind == "codes" and where:
         return _codes(where, split, seed)
-    if kind == "npz" and where:
-        return _npz(Path(where), split, seed)
-    raise ValueError(f"spec: expected embedded, fashion_mnist[:DIR], codes:DIR or npz:FILE, got {spec!r}")
+    if kind in ("npz", "npz_mirrored") and where:
+        return _npz(Path(where), split, seed, mirrored=kind == "npz_mirrored")
+    raise ValueError(
+        f"spec: expected embedded, fashion_mnist[:DIR], codes:DIR, npz:FILE or npz_mirrored:FILE, got {spec!r}"
+    )
 
 
 def load_tokenizer(spec: str) -> Tokenizer | None:
@@ -290,7 +293,7 @@ def load_tokenizer(spec: str) -> Tokenizer | None:
     kind, _, where = spec.partition(":")
     if kind in ("embedded", "fashion_mnist"):
         return Tokenizer(load_tokens().centroids)
-    if kind == "npz":
+    if kind in ("npz", "npz_mirrored"):
         with np.load(where) as data:
             return Tokenizer(data["centroids"]) if "centroids" in data.files else None
     return None
@@ -361,11 +364,11 @@ def _codes(places: str, split: str, seed: int) -> CodeDirectory:
     return CodeDirectory(directories, numbers, seed=seed)
 
 
-def _npz(path: Path, split: str, seed: int) -> ArrayDataset:
+def _npz(path: Path, split: str, seed: int, *, mirrored: bool) -> ArrayDataset:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing")
     with np.load(path) as data:
-        needed = {"train", "test", "train_labels", "test_labels"}
+        needed = {"train", "test", "train_labels", "test_labels"} | ({"centroids"} if mirrored else set())
         if missing := needed - set(data.files):
             raise ValueError(f"{path}: expected the arrays {sorted(needed)}, {sorted(missing)} missing")
         tokens = {name: data[name] for name in SPLITS}
@@ -373,10 +376,20 @@ def _npz(path: Path, split: str, seed: int) -> ArrayDataset:
         vocab_size = (
             len(data["centroids"]) if "centroids" in data.files else max(int(a.max()) for a in tokens.values()) + 1
         )
+        variants = [tokens[split]]
+        if mirrored and split == "train":
+            variants.append(_mirror(tokens[split], Tokenizer(data["centroids"])))
     return ArrayDataset(
-        tokens[split][:, None],
+        np.stack(variants, axis=1),
         labels[split],
         vocab_size=vocab_size,
         num_classes=max(int(array.max()) for array in labels.values()) + 1,
         seed=seed,
     )
+
+
+def _mirror(tokens: NDArray, tokenizer: Tokenizer) -> NDArray[np.uint16]:
+    """Return the tokens of the mirrored images: each block becomes the one nearest to its mirror image."""
+    blocks = tokenizer.decode(np.arange(len(tokenizer.centroids))[:, None, None])
+    mirror_of = tokenizer.encode(blocks[:, :, ::-1]).reshape(-1)
+    return mirror_of[tokens[:, :, ::-1]]

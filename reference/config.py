@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ class TrainConfig:
 
     model: str = option("B", "size of the model", tuple(SIZES))
     data: str = option(
-        "", "what to train on, as reference.codes names it: embedded, fashion_mnist, codes:DIR, npz:FILE"
+        "", "what to train on, as reference.codes names it: embedded, fashion_mnist, codes:DIR, npz:FILE, …"
     )
     output: str = option("runs/train", "folder of checkpoints and logs; a run that stopped there goes on")
     levels: int = option(2, "stages, coarse to fine: 1 is plain next-token training, 2 is patches 2 and 1, and so on")
@@ -51,7 +51,7 @@ class TrainConfig:
     graph: bool = option(True, "one CUDA graph for each stage; off under torchrun")
     official: bool = option(False, "the official code's formulation and optimizer, for comparison")
     seed: int = option(0, "of weights, data order, augmentation and dropout")
-    workers: int = option(2, "processes that read data; 0 for none")
+    workers: int = option(2, "processes that read code directories; 0 for none")
     log_every: int = option(50, "steps between lines of the log, and between checks for NaN")
     evaluate_every: int = option(
         0, "steps between evaluations on the test split at patch 1, and at the end; 0 for none"
@@ -99,7 +99,8 @@ class TrainConfig:
         return self.lr * schedule.lr_factor(step, warmup_steps, self.decay_ratio, self.end_lr / self.lr)
 
 
-# What a size changes. The guidance scales are the paper's; the sizes for a CPU train on what the repository carries.
+# What a size changes. B to XXL have the paper's guidance scales; tiny and small train in minutes on a CPU, on what the
+# repository carries; S in half a minute on a large GPU, on images by the ten thousand.
 PRESETS = {
     "tiny": TrainConfig(
         model="tiny", data="embedded", epochs=10, batch_size=32, lr=3e-3, end_lr=3e-4, warmup_epochs=0.5
@@ -107,6 +108,7 @@ PRESETS = {
     "small": TrainConfig(
         model="small", data="embedded", epochs=6, batch_size=32, lr=3e-3, end_lr=3e-4, warmup_epochs=0.5, guidance=1.5
     ),
+    "S": TrainConfig(model="S", epochs=16, lr=1e-3, end_lr=1e-4, warmup_epochs=0.5, guidance=1.5),
     "B": TrainConfig(model="B", guidance=2.0),
     "L": TrainConfig(model="L", guidance=1.75),
     "XL": TrainConfig(model="XL", guidance=1.75),
@@ -117,27 +119,44 @@ PRESETS = {
 FREE_TO_CHANGE = {"output", "workers", "log_every", "evaluate_every", "checkpoint_every", "tensorboard", "guidance"}
 
 
-def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """Read a run from the command line: the preset of ``--model``, changed by the other options.
-
-    >>> parse(["--model", "XL", "--data", "codes:DIR", "--levels", "3"]).guidance
-    1.75
-    """
+def options_parser(prog: str, description: str, leave_out: Collection[str] = ()) -> argparse.ArgumentParser:
+    """Return a parser with an option for each field of `TrainConfig` that is not left out."""
     parser = argparse.ArgumentParser(
-        prog="python -m reference.train",
-        description="Train a class-conditional image model coarse to fine.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     for entry in fields(TrainConfig):
+        if entry.name in leave_out:
+            continue
         name, text = "--" + entry.name.replace("_", "-"), entry.metadata["help"]
         if isinstance(entry.default, bool):
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=entry.default, help=text)
         else:
             kind, choices = type(entry.default), entry.metadata["choices"]
             parser.add_argument(name, type=kind, choices=choices, default=entry.default, help=text)
-    size = parser.parse_args(arguments).model
-    parser.set_defaults(**vars(PRESETS[size]))
-    config = replace(PRESETS[size], **vars(parser.parse_args(arguments)))
+    return parser
+
+
+def read_options(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, **defaults: Any
+) -> tuple[TrainConfig, argparse.Namespace]:
+    """Read a command line: a run, and all options.
+
+    The run is the preset of ``--model``, changed by ``defaults`` and then by the options that are given.
+    """
+    preset = replace(PRESETS[parser.parse_args(arguments).model], **defaults)
+    parser.set_defaults(**vars(preset))
+    options = parser.parse_args(arguments)
+    config = replace(preset, **{entry.name: getattr(options, entry.name) for entry in fields(TrainConfig)})
     if not config.data:
         parser.error("--data is needed with this --model: embedded, fashion_mnist, codes:DIR or npz:FILE")
-    return config
+    return config, options
+
+
+def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """Read a run from the command line: the preset of ``--model``, changed by the other options.
+
+    >>> parse(["--model", "XL", "--data", "codes:DIR", "--levels", "3"]).guidance
+    1.75
+    """
+    parser = options_parser("python -m reference.train", "Train a class-conditional image model coarse to fine.")
+    return read_options(parser, arguments)[0]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import math
 import os
 import sys
 import time
@@ -34,14 +35,16 @@ from tqdm import tqdm
 
 from npp_kernels import PatchSchedule, Stage
 from reference import checkpoint
-from reference.codes import TokenDataset, load_dataset
+from reference.codes import ArrayDataset, TokenDataset, load_dataset
 from reference.config import FREE_TO_CHANGE, TrainConfig, parse
 from reference.model import Transformer
 from reference.step import SETUP_STEPS, Progress, TrainStep
 
 COLUMNS = (
-    "step", "epoch", "stage", "patch", "lr", "loss", "gradient_norm", "images_per_second", "train_seconds", "test_nll",
+    "step", "epoch", "stage", "patch", "lr", "loss", "gradient_norm", "images_per_second", "train_seconds",
+    "setup_seconds", "test_nll", "test_nll_error",
 )  # fmt: skip
+EVALUATED_LOGITS = 2**27  # at a time: 512 MB in fp32
 
 
 class Batches(Dataset[tuple[Tensor, Tensor]]):
@@ -115,6 +118,47 @@ class Log:
             self._events.close()
 
 
+class Clock:
+    """The seconds that a run trains; evaluations and checkpoints, between `stop` and `start`, are left out.
+
+    On a GPU the first steps of a stage compile and capture. They count as long as the steps after them take, so that no
+    stage seems shorter than it is; what they took is kept apart.
+    """
+
+    def __init__(self, device: torch.device, seconds: float, setup_seconds: float) -> None:
+        self._device = device
+        self._setup_steps = SETUP_STEPS if device.type == "cuda" else 0
+        self.seconds = seconds
+        self.setup_seconds = setup_seconds  # of the steps that compiled and captured
+        self._steps_at_patch = 0
+        self._uncounted = 0  # steps whose time is not in `seconds` yet
+        self.start()
+
+    def start(self) -> None:
+        """Go on after a pause."""
+        self._timed_steps, self._started = 0, time.perf_counter()
+
+    def count(self, *, new_stage: bool) -> None:
+        """Count a step that was just launched."""
+        self._steps_at_patch = 1 if new_stage else self._steps_at_patch + 1
+        self._timed_steps += 1
+        self._uncounted += 1
+        if self._steps_at_patch == self._setup_steps:
+            torch.cuda.synchronize(self._device)
+            self.setup_seconds += time.perf_counter() - self._started
+            self.start()
+
+    def stop(self) -> float:
+        """Take the time of the steps since `start`, all of them finished; return how many there were in a second."""
+        elapsed = time.perf_counter() - self._started
+        if self._steps_at_patch < self._setup_steps:
+            self.setup_seconds += elapsed
+        elif self._timed_steps:
+            self.seconds += elapsed / self._timed_steps * self._uncounted
+            self._uncounted = 0
+        return self._timed_steps / elapsed
+
+
 class Run:
     """One training run on one process: what is trained, where it stands, and its logs.
 
@@ -145,7 +189,7 @@ class Run:
         torch.manual_seed(config.seed * self.processes + self.rank)  # dropout of its own in every process
 
         self.step = 0
-        self.seconds = 0.0  # of training: without evaluations, checkpoints, and the steps that compile and capture
+        self.clock = Clock(device, 0.0, 0.0)
         self.folder.mkdir(parents=True, exist_ok=True)
         saved = checkpoint.load_latest(self.folder)
         if saved is not None:
@@ -174,42 +218,34 @@ class Run:
             self.batches,
             batch_size=None,  # an item is a batch already
             sampler=range(self.step, self.schedule.total_steps),
-            num_workers=self.config.workers,
+            # Rows of an array are there sooner than another process could send them.
+            num_workers=0 if isinstance(self.batches.dataset, ArrayDataset) else self.config.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or the loader would draw from the random state that a checkpoint restored
         )
-        steps_at_patch, timed_steps, started = 0, 0, time.perf_counter()
+        self.clock.start()
         for tokens, labels in loader:
             stage = self.schedule.at(self.step)
-            if self.step == stage.start:
-                steps_at_patch = 0
             lr = self.config.lr_at(self.step, self.schedule, self.batches.steps_per_epoch)
             self.trainer.run(tokens, labels, stage.patch, lr)
+            self.clock.count(new_stage=self.step == stage.start)
             self.step += 1
-            steps_at_patch += 1
-            timed_steps += 1
             bar.update()
-            if steps_at_patch == SETUP_STEPS and self.device.type == "cuda":
-                torch.cuda.synchronize()
-                timed_steps, started = 0, time.perf_counter()
             if not self._reports_now(stage):
                 continue
 
             progress = self.trainer.report()
-            elapsed = time.perf_counter() - started
-            is_set_up = self.device.type != "cuda" or steps_at_patch >= SETUP_STEPS
-            self.seconds += elapsed if is_set_up else 0.0
+            speed = self.clock.stop() * self.config.batch_size
             self._check(progress, stage, lr)
             # One process evaluates; the others wait for it in the next step's sum of gradients.
-            nll = self._evaluate() if self._evaluates_now() and self.rank == 0 else None
-            speed = timed_steps * self.config.batch_size / elapsed
+            score = self._evaluate() if self._evaluates_now() and self.rank == 0 else (None, None)
             if log is not None:
-                log.write(self._row(stage, lr, progress, speed, nll))
+                log.write(self._row(stage, lr, progress, speed, score))
             bar.set_description(f"patch {stage.patch} ({stage.index + 1}/{len(self.schedule.stages)})")
             bar.set_postfix_str(f"loss {progress.loss:.3f}, {speed:.0f} images/s, {self._time_left(stage, speed)} left")
             if self._is_due(self.config.checkpoint_every) or self.step == stage.end:
                 self._save()
-            timed_steps, started = 0, time.perf_counter()
+            self.clock.start()
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -232,20 +268,25 @@ class Run:
                 f"the last checkpoint before that is {saved[-1] if saved else 'none'}"
             )
 
-    def _evaluate(self) -> float:
-        """Return the held-out negative log-likelihood at patch 1, in nats per token."""
+    def _evaluate(self) -> tuple[float, float]:
+        """Return the held-out negative log-likelihood at patch 1 and its standard error, in nats per token."""
         from reference.score import held_out_likelihood  # it needs Pillow, which training alone does not
 
         assert self.test_data is not None
         dtype = torch.bfloat16 if self.trainer.config.precision == "autocast" else torch.float32
+        num_tokens = math.prod(self.test_data.grid)
+        batch_size = max(1, EVALUATED_LOGITS // (num_tokens * self.test_data.vocab_size))
         # Compiled for training: evaluation would compile it once more, for less time than that takes.
         with torch.compiler.set_stance("force_eager"):
-            return held_out_likelihood(self.model, self.test_data, dtype=dtype).nats_per_token
+            score = held_out_likelihood(self.model, self.test_data, batch_size=batch_size, dtype=dtype)
+        return score.nats_per_token, score.standard_error * math.log(2) / num_tokens
 
-    def _row(self, stage: Stage, lr: float, progress: Progress, speed: float, nll: float | None) -> dict[str, Any]:
+    def _row(
+        self, stage: Stage, lr: float, progress: Progress, speed: float, score: tuple[float, float] | tuple[None, None]
+    ) -> dict[str, Any]:
         values = (
             self.step, self.step / self.batches.steps_per_epoch, stage.index, stage.patch, lr, progress.loss,
-            progress.gradient_norm, speed, self.seconds, nll,
+            progress.gradient_norm, speed, self.clock.seconds, self.clock.setup_seconds, *score,
         )  # fmt: skip
         return dict(zip(COLUMNS, values, strict=True))
 
@@ -271,7 +312,8 @@ class Run:
             state = {
                 **self.trainer.state(),
                 "step": self.step,
-                "seconds": self.seconds,
+                "seconds": self.clock.seconds,
+                "setup_seconds": self.clock.setup_seconds,
                 "random": all_random,
                 "model_config": asdict(self.model.config),
                 "train_config": asdict(self.config),
@@ -292,7 +334,8 @@ class Run:
         torch.set_rng_state(random["cpu"])
         if self.device.type == "cuda" and "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"])
-        self.step, self.seconds = saved["step"], saved["seconds"]
+        self.step = saved["step"]
+        self.clock = Clock(self.device, saved["seconds"], saved["setup_seconds"])
 
 
 @contextmanager

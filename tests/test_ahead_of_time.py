@@ -100,7 +100,7 @@ def segment_arguments(dtype, group_size, ignored):
         "grad_ptr": f"*{dtype}", "keys_ptr": "*i32", "order_ptr": "*i32", "starts_ptr": "*i32",
         "counts_ptr": "*fp32" if ignored else None, "sums_ptr": "*fp32", "grad_table_ptr": f"*{dtype}",
         "num_chunks": "i32", "vocab_size": "i32", "hidden_size": "i32", "GROUP_SIZE": group_size,
-        "HAS_IGNORED": ignored, "CHUNK": CHUNK_SIZE, "OVERLAP": False,
+        "HAS_IGNORED": ignored, "CHUNK": CHUNK_SIZE,
     }  # fmt: skip
 
 
@@ -134,20 +134,22 @@ def rank_sort_arguments():
     }  # fmt: skip
 
 
-def digit_arguments(first_pass):
+def digit_arguments():
     return {
-        "ids_ptr": "*i64" if first_pass else "*i32", "counts_ptr": "*i32", "num_ids": "i32", "subtiles": "i32",
-        "vocab_size": "i32", "ignore_index": "i32", "SHIFT": 0 if first_pass else 8, "FIRST_PASS": first_pass,
-        "HAS_IGNORED": True, "RADIX": 1 << _segments.DIGIT_BITS, "TILE": _segments.TILE_SIZE,
-        "OVERLAP": False,
+        "counts_ptr": "*i32", "num_ids": "i32", "num_tiles": "i32", "subtiles": "i32", "vocab_size": "i32",
+        "ignore_index": "i32", "PASSES": 2, "HAS_IGNORED": True, "TILE": _segments.TILE_SIZE, "OVERLAP": False,
     }  # fmt: skip
 
 
-def digit_scatter_arguments(first_pass):
+def digit_counts_arguments():
+    return {**digit_arguments(), "ids_ptr": "*i64", "RADIX": 1 << _segments.DIGIT_BITS}
+
+
+def digit_scatter_arguments(index):
     return {
-        **digit_arguments(first_pass), "positions_ptr": "*i32", "keys_ptr": "*i32", "order_ptr": "*i32",
-        "num_tiles": "i32", "BLOCK_TILES": _segments.BLOCK_TILES, "BLOCK_OTHERS": _segments.TILE_OTHERS,
-        "num_warps": _segments.SCATTER_WARPS,
+        **digit_arguments(), "ids_ptr": "*i32" if index else "*i64", "positions_ptr": "*i32", "keys_ptr": "*i32",
+        "order_ptr": "*i32", "PASS": index, "BITS": _segments.DIGIT_BITS, "BLOCK_TILES": _segments.BLOCK_TILES,
+        "BLOCK_OTHERS": _segments.TILE_OTHERS, "num_warps": _segments.SCATTER_WARPS,
     }  # fmt: skip
 
 
@@ -216,9 +218,9 @@ CASES = {
     "patch_mean forward": (_patch_mean_kernel, patch_mean_arguments("bf16", False)),
     "patch_mean backward": (_patch_mean_kernel, patch_mean_arguments("fp32", True)),
     "rank_sort": (_segments._rank_sort_kernel, rank_sort_arguments()),
-    "digit_counts": (_segments._digit_counts_kernel, digit_arguments(True)),
-    "digit_scatter first": (_segments._digit_scatter_kernel, digit_scatter_arguments(True)),
-    "digit_scatter later": (_segments._digit_scatter_kernel, digit_scatter_arguments(False)),
+    "digit_counts": (_segments._digit_counts_kernel, digit_counts_arguments()),
+    "digit_scatter first": (_segments._digit_scatter_kernel, digit_scatter_arguments(0)),
+    "digit_scatter later": (_segments._digit_scatter_kernel, digit_scatter_arguments(1)),
     "segment_starts": (_segments._segment_starts_kernel, segment_starts_arguments()),
     "count_targets": (_loss_kernels._count_targets_kernel, count_arguments(16)),
     "loss V=16384 K=1": (_loss_kernels._loss_kernel, row_arguments("bf16", 16384, 1, False)),

@@ -183,9 +183,9 @@ def test_all_ignored_is_zero_even_for_broken_logits(device):
 
 
 def test_minus_infinity_masks_a_logit(device):
-    logits = peaky_logits(4, 40, device=device)
+    logits = peaky_logits(64, 40, device=device)  # in a few rows one gradient would decide the mean error
     logits[:, 7:30] = float("-inf")
-    groups = torch.randint(7, (4, 3), device=device)
+    groups = torch.randint(7, (64, 3), device=device)
     check(logits, groups)
 
 
