@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,10 +12,6 @@ from torch import Tensor
 
 # Triton reads TRITON_INTERPRET when it decorates a kernel, at import; so do we.
 INTERPRETED = triton.knobs.runtime.interpret
-
-# Compiled kernels by everything that Triton compiles differently for; emptied when it grows past this.
-MAX_COMPILED = 4096
-_compiled: dict[tuple, tuple] = {}
 
 
 def runs_kernels(tensor: Tensor) -> bool:
@@ -54,45 +51,19 @@ def can_overlap(tensor: Tensor) -> bool:
     return tensor.is_cuda and not torch.compiler.is_compiling() and _supports_dependent_launch(tensor.device.index)
 
 
-def _argument_key(argument: Any) -> Any:
-    """Return what Triton compiles differently for: dtype and alignment of a tensor, 1, multiples of 16, 64 bits."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return -1 if argument == 1 else (argument % 16 == 0) + 2 * (not -(2**31) <= argument < 2**31)
-    return type(argument)
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, early: bool = False, **options: Any) -> None:
     """Launch a kernel on the GPU of its first argument, a tensor, which need not be on the current GPU.
 
-    ``kernel[grid](*arguments, **options)`` binds and inspects all arguments each time, which takes a slow host 50 µs.
-    Here the compiled kernel is found by a key and launched at once.
-
     Args:
-        kernel: a `triton.jit` function whose fixed parameters (``tl.constexpr``) come last.
+        kernel: a `triton.jit` function.
         grid: one to three numbers of programs.
-        arguments: the others, by position.
+        arguments: those that are not fixed, by position.
         early: launch it before the kernel ahead of it has ended, where `can_overlap` says so.
         options: the fixed parameters, and Triton's own options.
     """
+    device = arguments[0].device
+    here = INTERPRETED or torch.compiler.is_compiling() or device.index == torch.cuda.current_device()
     if early:
         options["launch_pdl"] = True
-    if INTERPRETED or torch.compiler.is_compiling():
+    with nullcontext() if here else torch.cuda.device(device):
         kernel[grid](*arguments, **options)
-        return
-    device = arguments[0].device
-    if device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            launch(kernel, grid, *arguments, early=early, **options)
-        return
-    key = (kernel.fn, device.index, *map(_argument_key, arguments), *options.values())
-    found = _compiled.get(key)
-    if found is None:
-        compiled = kernel[grid](*arguments, **options)
-        if len(_compiled) >= MAX_COMPILED:
-            _compiled.clear()
-        _compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(arguments) :])
-        return
-    compiled, fixed = found
-    compiled[(*grid, 1, 1)[:3]](*arguments, *fixed)

@@ -35,17 +35,17 @@ from npp_kernels._segments import find_segments
 
 # H100, 2026-11-24, bf16, V = 16,384, 256 images of 16×16 tokens; docs/tuning.md has what else was tried.
 # A tile of 4,096 embeddings, 256 columns wide: 26 µs at D = 768, K = 4 (2,048: 28; 1,024 columns: 30).
-BLOCK_ELEMENTS = 4096
+BLOCK_ELEMENTS = 8192
 MAX_BLOCK_HIDDEN = 256
-UNROLLED_SLOTS = 8
+UNROLLED_SLOTS = 4
 # Backward, at D = 768, K = 4: 82 µs on uniform tokens and 116 on real ones; chunks of 32 ids 87 and 142, four rows at a
 # time 91 and 124.
 CHUNK_SIZE = 64
-WARP_ROWS = 2
+WARP_ROWS = 1
 WARP_HIDDEN = 512
 WARP_UNROLL = 4
 FREQUENT_SPAN = 4
-FREQUENT_ROWS = 64
+FREQUENT_ROWS = 32
 FREQUENT_HIDDEN = 64
 
 # The PyTorch path gathers so many elements at a time, to keep them in a CPU's cache.

@@ -162,7 +162,10 @@ class _Gradients:
         """Use up one chunk of the logits' gradient."""
         problem = self.problem
         if self.hidden is not None:
-            self.hidden[chunk] = dlogits @ problem.weight
+            if self.hidden.dtype == dlogits.dtype:
+                torch.mm(dlogits, problem.weight, out=self.hidden[chunk])
+            else:
+                self.hidden[chunk] = dlogits @ problem.weight
         if self.wants[1]:
             if self.weight is not None:
                 _add_product(self.weight, dlogits.t(), problem.hidden[chunk])
