@@ -4,7 +4,7 @@ A checkpoint is written beside its name, forced to disk, and renamed: under its 
 last two are kept, and reading falls back to the older where the newer is damaged.
 
     step-00001000.pt    model, ema, exp_avg, exp_avg_sq    fp32, by the official names
-                        counters, sums, step, seconds      where the run is
+                        counters, sums, step, seconds, …   where the run is
                         random                             state of the random generators, for each process
                         model_config, train_config         as plain dictionaries
 """

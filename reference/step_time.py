@@ -4,11 +4,16 @@
 
 "Official" is the formulation of the official code as it is run there: unfolded embeddings and repeated fp32 logits,
 model and loss compiled as a whole, bf16 autocast, fused AdamW, clipping. Both formulations of a cell run one after the
-other in one process. A cell that fails (for want of memory, say) is written down as failed, and the next one runs.
+other in one process. A cell that fails is written down as failed, and the next one runs.
 
-The file is written after each cell. Where it exists, its cells are kept, and those measured again are replaced, so that
-a long table can be made in parts; each cell names its device. At the end, or at once with ``--report``, the table is
-printed, with the cost of the paper's schedules that follows from it.
+``--images 32,max`` measures at 32 images and, for each model, at the largest power of two up to 256 at which every
+formulation fits into the memory at the finest patch; where one does not, that is written down and half as many are
+tried.
+
+The file is written after each cell, and the same command goes on where it was stopped: cells that were measured on the
+same device, with the same PyTorch and options, are kept. ``--again`` measures them anew, after a change of the code
+say. At the end, or at once with ``--report``, the table is printed, with the cost of the paper's schedules that follows
+from it.
 """
 
 from __future__ import annotations
@@ -33,9 +38,11 @@ from reference.model import SIZES, ModelConfig, Transformer
 from reference.optimizer import AdamWConfig
 from reference.step import SETUP_STEPS, StepConfig, TrainStep
 
-FORMULATIONS = ("ours", "official")
+FORMULATIONS = ("official", "ours")  # in this order: where the official one does not fit, ours need not be compiled
+MAX_IMAGES = 256
 SETTLING_STEPS = 5  # after set-up, before timing: clocks and caches
 KEY = ("model", "patch", "images", "formulation")
+MAX = "max"
 
 
 def step_times(step: TrainStep, patch: int, batch: tuple[torch.Tensor, torch.Tensor], num_steps: int) -> list[float]:
@@ -96,8 +103,6 @@ def measure(cell: dict[str, Any], options: argparse.Namespace, device: torch.dev
         "setup_seconds": setup_seconds,
         "precision": step_config.precision,
         "compile": step_config.compile,
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "torch": torch.__version__,
     }
 
 
@@ -106,12 +111,91 @@ def run_cell(cell: dict[str, Any], options: argparse.Namespace, device: torch.de
     try:
         result = measure(cell, options, device)
     except Exception as error:  # whatever fails in one cell, the others are still wanted
-        result = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
-    gc.collect()  # the exception's frames, and the step's own cycles, hold the model
+        # CUDA itself, and libraries on it, say so in the message of some other exception.
+        out_of_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+        result = {"error": f"{type(error).__name__}: {str(error)[:500]}", "out_of_memory": out_of_memory}
+        if device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.default_stream())  # a capture that fails may leave its own behind
     torch.compiler.reset()
+    gc.collect()  # the exception's frames, and the step's own cycles, hold the model
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return cell | result
+    return cell | conditions(options, device) | result
+
+
+def conditions(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Return what a measurement holds for, beside its cell."""
+    return {
+        "grid": options.grid,
+        "vocab_size": options.vocab_size,
+        "asked": f"{options.steps} steps, {options.compile}, {options.precision}",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
+
+
+class Table:
+    """The cells of a file, and what of it this command has still to measure.
+
+    Args:
+        options: of the command line.
+        device: where to measure.
+    """
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self.options = options
+        self.device = device
+        path = options.json
+        self.cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
+        self.failed = False  # a cell, and not for want of memory
+        self.stopped = False  # by the time limit
+        self._measured: set[tuple[Any, ...]] = set()  # by this command
+        self._started = time.monotonic()
+
+    def get(self, model: str, images: int, patch: int, formulation: str) -> dict[str, Any] | None:
+        """Return a cell, measured now if it has to be; None where no time is left for it."""
+        cell = {"model": model, "patch": patch, "images": images, "formulation": formulation}
+        key = tuple(cell.values())
+        known = next((old for old in self.cells if tuple(old[name] for name in KEY) == key), None)
+        if known is not None and (key in self._measured or self._is_kept(known)):
+            return known
+        seconds = time.monotonic() - self._started
+        if seconds > self.options.time_limit:
+            self.stopped = True
+            return None
+        name = f"{model}, {images} images, patch {patch}, {formulation}"
+        print(f"{seconds:5.0f} s  {name}: …", flush=True)
+        cell = run_cell(cell, self.options, self.device)
+        self.failed |= not cell.get("out_of_memory", True)
+        outcome = cell.get("error") or f"{cell['median_ms']:.2f} ms, {cell['setup_seconds']:.0f} s of set-up"
+        print(f"{time.monotonic() - self._started:5.0f} s  {name}: {outcome}", flush=True)
+        self.cells = [old for old in self.cells if old is not known] + [cell]
+        self._measured.add(key)
+        write(self.options.json, self.cells)
+        return cell
+
+    def _is_kept(self, cell: dict[str, Any]) -> bool:
+        if self.options.again or not cell.get("out_of_memory", True):
+            return False
+        return all(cell.get(name) == value for name, value in conditions(self.options, self.device).items())
+
+    def measure(self) -> None:
+        """Measure every cell that was asked for, while there is time."""
+        for model, asked in itertools.product(self.options.models, self.options.images):
+            images = self.largest(model) if asked == MAX else int(asked)
+            for patch, formulation in itertools.product(self.options.patches, self.options.formulations):
+                if images is None or self.get(model, images, patch, formulation) is None:
+                    break
+
+    def largest(self, model: str) -> int | None:
+        """Return the largest number of images that fits; None where not even one does, or no time is left."""
+        images = MAX_IMAGES
+        while images and not self.stopped:
+            cells = (self.get(model, images, min(self.options.patches), name) for name in self.options.formulations)
+            if all(cell is not None and not cell.get("out_of_memory", False) for cell in cells):
+                return images
+            images //= 2
+        return None
 
 
 def write(path: Path, cells: list[dict[str, Any]]) -> None:
@@ -137,7 +221,8 @@ def report(cells: list[dict[str, Any]]) -> str:
         "| model | images | patch | formulation | ms | images/s | model TFLOP/s | peak GiB | device |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for cell in cells:
+    order = list(SIZES)
+    for cell in sorted(cells, key=lambda cell: (order.index(cell["model"]), cell["images"], -cell["patch"])):
         name = f"| {cell['model']} | {cell['images']} | {cell['patch']} | {cell['formulation']} |"
         if "error" in cell:
             lines.append(f"{name} {cell['error'].splitlines()[0][:80]} | | | | |")
@@ -174,7 +259,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--models", default="B", help=f"of {', '.join(SIZES)}, with commas")
     parser.add_argument("--patches", default="4,2,1", help="with commas")
-    parser.add_argument("--images", default="64", help="images of a step; several with commas")
+    parser.add_argument("--images", default="64", help="images of a step, with commas; max for the most that fit")
     parser.add_argument("--formulations", default=",".join(FORMULATIONS), help="with commas")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each cell")
     parser.add_argument("--compile", choices=("model", "blocks", "off"), default="model", help="ours; see StepConfig")
@@ -182,10 +267,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--grid", type=int, default=16, help="tokens on each side")
     parser.add_argument("--vocab-size", type=int, default=16_384, help="of the model")
     parser.add_argument("--json", type=Path, default=Path("runs/step_time.json"), help="file of results, added to")
+    parser.add_argument("--again", action="store_true", help="measure again what the file holds already")
+    parser.add_argument("--time-limit", type=float, default=math.inf, help="start no cell after so many seconds")
     parser.add_argument("--report", action="store_true", help="print the table of the file; measure nothing")
     options = parser.parse_args(arguments)
     options.models, options.formulations = listed(str, options.models), listed(str, options.formulations)
-    options.patches, options.images = listed(int, options.patches), listed(int, options.images)
+    options.patches, options.images = listed(int, options.patches), listed(str, options.images)
+    if wrong := [images for images in options.images if images != MAX and not images.isdecimal()]:
+        parser.error(f"--images: expected numbers or {MAX}, got {wrong[0]}")
     for name, allowed in (("models", tuple(SIZES)), ("formulations", FORMULATIONS)):
         if unknown := set(getattr(options, name)) - set(allowed):
             parser.error(f"--{name}: expected some of {', '.join(allowed)}, got {min(unknown)}")
@@ -193,24 +282,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what the command line asks for; return 1 where a cell failed."""
+    """Measure what the command line asks for; return 1 where a cell failed or no time was left for it."""
     options = parse(arguments)
-    cells = json.loads(options.json.read_text(encoding="utf-8"))["cells"] if options.json.exists() else []
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
-    wanted = [] if options.report else itertools.product(options.models, options.images, options.patches)
-    failed = False
-    for model, images, patch in wanted:
-        for formulation in options.formulations:
-            cell = {"model": model, "patch": patch, "images": images, "formulation": formulation}
-            cell = run_cell(cell, options, device)
-            failed |= "error" in cell
-            outcome = cell.get("error") or f"{cell['median_ms']:.2f} ms, {cell['setup_seconds']:.0f} s of set-up"
-            print(f"{model}, {images} images, patch {patch}, {formulation}: {outcome}", flush=True)
-            cells = [old for old in cells if any(old[name] != cell[name] for name in KEY)] + [cell]
-            write(options.json, cells)
-    print(report(cells))
-    return 1 if failed else 0
+    table = Table(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if not options.report:
+        table.measure()
+    print(report(table.cells))
+    if table.stopped:
+        print(f"stopped after {options.time_limit:g} s; the same command goes on")
+    return 1 if table.failed or table.stopped else 0
 
 
 if __name__ == "__main__":

@@ -149,6 +149,23 @@ def test_npz(tmp_path):
         load_dataset(f"npz:{path}", "train")
 
 
+def test_npz_mirrored(tmp_path):
+    path = tmp_path / "tokens.npz"
+    # Grey blocks of which 0 and 1 are each other's mirror image, 2 its own, and 3 nearer to 0's than to anything else.
+    centroids = np.float32([[0, 200, 0, 200], [200, 0, 200, 0], [90, 90, 90, 90], [190, 10, 190, 10]])
+    train = np.array([[[0, 2, 2, 2]] * 4, [[1, 0, 2, 3]] * 4], dtype=np.uint16)
+    write_npz(path, train=train, train_labels=np.zeros(2, np.uint8), centroids=centroids)
+    mirrored, plain = load_dataset(f"npz_mirrored:{path}", "train"), load_dataset(f"npz:{path}", "train")
+    assert (mirrored.num_variants, plain.num_variants) == (2, 1)
+    assert np.array_equal(mirrored.tokens[:, :1], plain.tokens)
+    assert mirrored.tokens[:, 1].tolist() == [[[2, 2, 2, 1]] * 4, [[0, 2, 1, 0]] * 4]
+    assert load_dataset(f"npz_mirrored:{path}", "test").num_variants == 1
+    assert np.array_equal(load_tokenizer(f"npz_mirrored:{path}").centroids, centroids)
+    write_npz(path, centroids=None)
+    with pytest.raises(ValueError, match=r"\['centroids'\] missing"):
+        load_dataset(f"npz_mirrored:{path}", "train")
+
+
 def marked_dataset(num_images, num_variants, seed=0):
     """Return a dataset whose tokens tell which variant was read."""
     tokens = np.broadcast_to(np.arange(num_variants, dtype=np.uint16)[:, None, None], (num_images, num_variants, 2, 2))

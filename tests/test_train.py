@@ -2,7 +2,6 @@
 
 import csv
 import doctest
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,7 @@ import reference.config
 import reference.optimizer
 import reference.step
 from npp_kernels import group_tokens
-from reference import first_run, step_time, train
+from reference import train
 from reference.checkpoint import checkpoints, load_latest
 from reference.codes import load_dataset
 from reference.config import TrainConfig, parse
@@ -66,7 +65,7 @@ def assert_same_weights(step, other, **tolerance):
 FP32 = StepConfig(precision="fp32", compile="off")
 
 
-@pytest.mark.parametrize("module", [reference.config, reference.optimizer, reference.step, step_time])
+@pytest.mark.parametrize("module", [reference.config, reference.optimizer, reference.step])
 def test_docstrings_run(module):
     assert doctest.testmod(module).failed == 0
 
@@ -291,6 +290,32 @@ def test_two_processes_train_like_one(tmp_path):
     assert len(load_latest(tmp_path / "two")["random"]) == 2
 
 
+def test_the_clock_counts_set_up_steps_as_long_as_later_ones(monkeypatch):
+    now, launched = [0.0], [0.0]
+
+    def wait(device=None):
+        now[0] += launched[0]
+        launched[0] = 0.0
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    clock = train.Clock(torch.device("cuda"), 0.0, 0.0)
+    expected, expected_setup = 0.0, 0.0
+    for setup_step, step in ((10.0, 1.0), (20.0, 0.25)):
+        for number in range(20):
+            launched[0] += setup_step if number < train.SETUP_STEPS else step
+            clock.count(new_stage=number == 0)
+            if number in (1, 10, 19):  # a report in the set-up, and two after it
+                wait()
+                assert clock.stop() == pytest.approx(1 / setup_step if number == 1 else 1 / step)
+                now[0] += 100.0  # an evaluation
+                clock.start()
+        expected += 20 * step
+        expected_setup += train.SETUP_STEPS * setup_step
+        assert clock.seconds == pytest.approx(expected)
+        assert clock.setup_seconds == pytest.approx(expected_setup)
+
+
 def test_a_run_without_a_finite_loss_stops(tmp_path, capsys):
     status = train.main(arguments_of(tmp_path, "--lr", "1e30", "--warmup-epochs", "0", "--epochs", "0.2"))
     assert status == 1
@@ -306,40 +331,6 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"levels: expected 2, as in the run in .*, got 1"):
         train.main([*arguments, "--levels", "1"])
     assert train.main([*arguments, "--log-every", "1"]) == 0  # finished already, and nothing that counts has changed
-
-
-def test_step_time_goes_on_after_a_cell_that_fails(tmp_path, capsys):
-    fixed = ["--models", "tiny", "--images", "2", "--steps", "2", "--vocab-size", "64", "--compile", "off"]
-    arguments = [*fixed, "--precision", "autocast", "--json", str(tmp_path / "times.json")]
-    assert step_time.main([*arguments, "--patches", "3,2", "--grid", "4"]) == 1
-    assert step_time.main([*arguments, "--patches", "1", "--grid", "4"]) == 0
-    cells = json.loads((tmp_path / "times.json").read_text())["cells"]
-    found = {(cell["patch"], cell["formulation"]): cell for cell in cells}
-    assert len(found) == len(cells) == 6
-    assert "does not divide" in found[3, "ours"]["error"]
-    for patch in (2, 1):
-        ours, official = found[patch, "ours"], found[patch, "official"]
-        assert ours["loss"] == pytest.approx(official["loss"], rel=1e-2)
-        assert ours["median_ms"] > 0
-    assert "| tiny | 2 | 2 |" in capsys.readouterr().out  # the cost of two levels
-
-
-def test_first_run_leaves_curves_samples_and_a_summary(tmp_path, monkeypatch):
-    monkeypatch.setattr(first_run, "EVALUATIONS", 2)
-    monkeypatch.setattr(first_run, "SAMPLES_PER_CLASS", 1)
-    first_run.main(["--model", "tiny", "--epochs", "0.1", "--output", str(tmp_path)])
-    names = ("plain", "coarse-to-fine", "plain-same-cost")
-    for name in ("loss.png", *(f"samples-{way}.png" for way in names)):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    summary = (tmp_path / "summary.md").read_text()
-    assert "| plain | 5 | 1 | 1.000 |" in summary
-    assert "| coarse to fine | 5 | 2, 1 | 0." in summary
-    with (tmp_path / "loss.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    ends = {row["way"]: row for row in rows}
-    assert {row["patch"] for row in rows if row["way"] == "coarse to fine"} == {"1", "2"}
-    for row in ends.values():
-        assert f"| {float(row['test_nll']):.4f} |" in summary
 
 
 @pytest.mark.gpu
