@@ -1,6 +1,7 @@
 """Comparisons of ways to train: their lengths and costs, statistics, and a run that is killed and goes on."""
 
 import doctest
+import functools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from npp_kernels import PatchSchedule
 from reference import claim, first_run, outcomes
@@ -140,7 +142,7 @@ def small_data(path):
 
 def test_a_killed_comparison_goes_on_and_trains_nothing_twice(tmp_path, monkeypatch, capsys):
     small_data(tmp_path / "tokens.npz")
-    fixed = ["--model", "tiny", "--data", f"npz_mirrored:{tmp_path}/tokens.npz", "--batch-size", "6", "--epochs", "6"]
+    fixed = ["--model", "tiny", "--data", f"npz_mirrored:{tmp_path}/tokens.npz", "--batch-size", "6", "--epochs", "3"]
     arguments = [*fixed, "--checkpoint-every", "10", "--seeds", "3,5"]
     killed = [*arguments, "--output", str(tmp_path / "killed")]
     results = tmp_path / "killed" / "results.json"
@@ -187,7 +189,7 @@ def test_a_killed_comparison_goes_on_and_trains_nothing_twice(tmp_path, monkeypa
     claim.main([*killed, "--report"])
     assert trained == []
     assert (tmp_path / "killed" / "report.md").read_text() == text
-    assert f"| plain | 60 | 1 | 1.000 | {outcomes.spread([e.seconds for e in after if e.way == 'plain'], 1)} |" in text
+    assert f"| plain | 30 | 1 | 1.000 | {outcomes.spread([e.seconds for e in after if e.way == 'plain'], 1)} |" in text
     assert (tmp_path / "killed" / "nll.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"lr: expected 0\.003, as in .*results\.json, got 0\.1"):
         claim.main([*killed, "--lr", "0.1"])
@@ -196,8 +198,34 @@ def test_a_killed_comparison_goes_on_and_trains_nothing_twice(tmp_path, monkeypa
         claim.main([*killed, "--seeds", "3,5,7"])
 
 
+def train_one_after_the_other(folder, *others):
+    """Train all ways with one seed in this process; return how many graphs were compiled on the way."""
+    small_data(folder / "tokens.npz")
+    fixed = ["--model", "tiny", "--data", f"npz:{folder}/tokens.npz", "--batch-size", "6", "--seeds", "0"]
+    torch.compiler.reset()
+    before = counters["stats"]["unique_graphs"]
+    claim.main([*fixed, "--compile", "model", "--output", str(folder / "out"), *others])
+    return counters["stats"]["unique_graphs"] - before
+
+
+def test_runs_share_what_is_compiled(tmp_path, monkeypatch):
+    eager = functools.partial(torch.compile, backend="aot_eager")  # quick, and traced like any other
+    monkeypatch.setattr(torch, "compile", eager)
+    assert train_one_after_the_other(tmp_path, "--epochs", "0.8") == 3  # one for each patch
+
+
+@pytest.mark.gpu
+# As in test_train: Dynamo looks at .grad of all that goes into a compiled block.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_runs_share_what_is_compiled_and_capture_their_own(tmp_path):
+    assert train_one_after_the_other(tmp_path, "--epochs", "6") <= 3 + 2  # each patch, and AdamW with and without decay
+    outcomes = read_results(tmp_path / "out" / "results.json")[1]
+    assert outcomes[-1].setup_seconds < 0.5 * outcomes[0].setup_seconds
+    assert all(outcome.seconds > 0 for outcome in outcomes)
+
+
 def test_first_run_leaves_a_curve_samples_and_a_summary(tmp_path, monkeypatch):
-    monkeypatch.setattr(claim, "EVALUATIONS", 2)
+    monkeypatch.setattr(claim, "EVALUATIONS", 1)
     monkeypatch.setattr(first_run, "SAMPLES_PER_CLASS", 1)
     arguments = ["--model", "tiny", "--epochs", "0.1", "--output", str(tmp_path)]
     first_run.main(arguments)
