@@ -142,7 +142,8 @@ def compare(
         steps = steps_of(way, ways, config, model, total_steps, results.of_seed(seed))
         part = operations(PatchSchedule.coarse_to_fine(way.levels, steps, config.rate), model)
         cost = part / (total_steps * model.training_flops(1))
-        print(f"[{number}/{len(folders)}] {way.name}, seed {seed}: {steps} steps, {cost:.3f} of the operations")
+        name = f"[{number}/{len(folders)}] {way.name}, seed {seed}"
+        print(f"{name}: {steps} steps, {cost:.3f} of the operations", flush=True)
         changes: dict[str, Any] = {"seed": seed, "levels": way.levels, "output": str(folders[way.name, seed])}
         # Half a step more: epochs times steps of an epoch is rounded down.
         changes["epochs"] = (steps + 0.5) / steps_per_epoch
@@ -196,7 +197,7 @@ def train(way: Way, config: TrainConfig, device: torch.device, cost: float) -> O
 
 def device_name(device: torch.device) -> str:
     """Return the name of a device as its maker has it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
 
 
 def versions() -> dict[str, str]:
