@@ -23,7 +23,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("npp_kernels benchmarks")
     group.addoption("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to run; default: auto")
     group.addoption("--matrix", choices=("default", "full"), default="default", help="which workloads to measure")
-    group.addoption("--journal", type=Path, metavar="FILE.jsonl", help="write every result as soon as it is made")
+    group.addoption(
+        "--journal",
+        type=Path,
+        default=Path("runs") / f"bench-{datetime.now():%Y%m%d-%H%M%S}.jsonl",
+        metavar="FILE.jsonl",
+        help="every result is written here as soon as it is made; default: runs/bench-DATE.jsonl",
+    )
     group.addoption("--progress", action="store_true", help="show a progress bar instead of pytest's marks")
 
 
@@ -39,12 +45,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def session(pytestconfig: pytest.Config) -> Session:
     """The session that all benchmarks share; its first use measures the machine's limits."""
     made = Session(resolve_device(pytestconfig.getoption("--device")))
-    path = pytestconfig.getoption("--journal")
-    if path is not None:
-        commit = pytestconfig.hook.pytest_benchmark_generate_commit_info(config=pytestconfig)
-        now = datetime.now(timezone.utc).isoformat()
-        header = {"machine": made.machine, "commit": commit, "date": now, "absent": absent_packages()}
-        made.journal = Journal(path, header)
+    commit = pytestconfig.hook.pytest_benchmark_generate_commit_info(config=pytestconfig)
+    now = datetime.now(timezone.utc).isoformat()
+    header = {"machine": made.machine, "commit": commit, "date": now, "absent": absent_packages()}
+    made.journal = Journal(pytestconfig.getoption("--journal"), header)
     pytestconfig.stash[SESSION] = made
     return made
 
@@ -81,6 +85,13 @@ class ProgressBar:
         """Close the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say where the results are, and what to do with them."""
+    if SESSION in config.stash:
+        path = config.getoption("--journal")
+        terminalreporter.write_line(f"results: {path}; their report: python -m bench report {path} --out FOLDER")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bench.goals import goals_table
 from bench.plots import plot_all
 from bench.records import Results
 from bench.shapes import OPERATIONS
@@ -23,6 +24,10 @@ GPU each run is timed by CUDA events after the L2 was flushed. The limit is the 
 rates measured in the same run; for the output layer it is the time of its matrix products alone, run in turn with the
 contenders. Real tokens are Fashion-MNIST images, spread over the vocabulary by a fixed stride: a few ids dominate."""
 
+GOALS = """\
+What was asked of an H100 in bf16, each row a ratio within this run. `docs/tuning.md` says what was tried for those that
+are not met, and what stands in the way."""
+
 
 def write_report(results: Results, folder: Path) -> Path:
     """Write ``report.md`` and its plots into a folder; return the page."""
@@ -41,6 +46,8 @@ def write_report(results: Results, folder: Path) -> Path:
             parts += ["### Backward alone, index preparation included", backward_table(results)]
     if any(record.host_bound for record in results.records):
         parts += ["## Small sizes", small_table(results)]
+    if results.machine["device_type"] == "cuda":
+        parts += ["## Goals", GOALS, goals_table(results)]
     parts += ["## Not timed", refusal_list(results)]
     page = folder / "report.md"
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

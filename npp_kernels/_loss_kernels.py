@@ -263,9 +263,12 @@ def _loss_kernel(
     targets = tl.load(groups_row + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
     weights, counted, in_range = _find_weights(targets, slots, slot_scale_ptr, vocab_size, ignore_index, GROUP_SIZE)
     target_logits = capped(tl.load(logits_row + targets, mask=in_range, other=0.0).to(tl.float32), softcap)
-    if grad_ptr is not None:
-        equal_weights = _sum_equal_weights(groups_row, targets, weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS)
     if ONE_BLOCK:
+        if grad_ptr is not None:
+            # While the row is on its way. A wide row has no registers to spare for this.
+            equal_weights = _sum_equal_weights(
+                groups_row, targets, weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS
+            )
         logits = tl.where(mask, capped(raw, softcap), float("-inf"))
         maximum = tl.max(tl.max(logits, axis=0), axis=0)
         exponentials = exp(logits - maximum, PRECISE)
@@ -365,6 +368,9 @@ def _loss_kernel(
                 tl.store(
                     grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"
                 )
+            equal_weights = _sum_equal_weights(
+                groups_row, targets, weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS
+            )
         tl.debug_barrier()  # the stores above come before those at the targets, from other threads
         if idle == 0:
             _store_target_gradients(

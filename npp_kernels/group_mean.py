@@ -53,6 +53,22 @@ TORCH_CHUNK_ELEMENTS = 1 << 18
 
 
 @triton.jit
+def _added(total, lost, rows, PRECISE: tl.constexpr):
+    """Return ``total + rows`` and what it lost to rounding.
+
+    With PRECISE it is compensated (Kahan): in fp32 nothing is rounded off at the end that would hide the sum's error.
+    """
+    if PRECISE:
+        corrected = rows - lost
+        new_total = total + corrected
+        lost = (new_total - total) - corrected
+        total = new_total
+    else:
+        total += rows
+    return total, lost
+
+
+@triton.jit
 def _load_rows(
     table_ptr, groups_ptr, group, slot, columns, group_mask, column_mask, vocab_size, ignore_index, row_stride,
     GROUP_SIZE: tl.constexpr, HAS_IGNORED: tl.constexpr,
@@ -111,14 +127,7 @@ def _group_mean_kernel(
             table_ptr, groups_ptr, group, slot, columns, group_mask, column_mask, vocab_size, ignore_index, row_stride,
             GROUP_SIZE, HAS_IGNORED,
         )  # fmt: skip
-        if table_ptr.dtype.element_ty == tl.float32:
-            # Compensated (Kahan): in fp32 nothing is rounded off at the end that would hide the sum's own error.
-            corrected = rows - lost
-            new_total = total + corrected
-            lost = (new_total - total) - corrected
-            total = new_total
-        else:
-            total += rows
+        total, lost = _added(total, lost, rows, table_ptr.dtype.element_ty == tl.float32)
         count += counted
 
     if HAS_IGNORED:
@@ -143,6 +152,7 @@ def _sum_positions(
 ):  # fmt: skip
     """Sum the gradients of the groups at ``order[first:last]`` and ``order[again:end]``, ROWS at a time."""
     total = tl.zeros([ROWS, columns.shape[0]], tl.float32)
+    lost = tl.zeros_like(total)
     length = last - first
     for base in tl.range(0, length + (end - again), ROWS, loop_unroll_factor=UNROLL):
         places = base + tl.arange(0, ROWS)
@@ -156,7 +166,7 @@ def _sum_positions(
         ).to(tl.float32)
         if HAS_IGNORED:
             rows = tl.div_rn(rows, tl.load(counts_ptr + group, mask=place_mask, other=1.0)[:, None])
-        total += rows
+        total, lost = _added(total, lost, rows, grad_ptr.dtype.element_ty == tl.float32)
     return tl.sum(total, axis=0)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from bench import contenders, tables
 from bench.clocks import CpuClock, turns
 from bench.contenders import CONTENDERS, Contender
+from bench.goals import goals, goals_table
 from bench.inputs import make_inputs, real_tokens, spread, uniform_tokens
 from bench.limits import Limits, demands
 from bench.measure import Measurement
@@ -289,7 +290,7 @@ def some_results() -> Results:
         for direction in ("forward", "forward_backward"):
             for patch in (2, 1):
                 for contender, label, factor in (("ours", "npp_kernels", 1), ("honest_eager", "torch", 3)):
-                    median = 1e-3 * factor / patch
+                    median = 1e-3 * factor / patch * (2 if direction == "forward_backward" else 1)
                     workload = asdict(Workload(operation, model, vocab, hidden, 16, 4, patch))
                     del workload["directions"], workload["left_out"]
                     records.append(
@@ -319,6 +320,7 @@ def some_results() -> Results:
     small = replace(records[0], host_bound=True, host_seconds=2e-5, median=3e-5, patch=4)
     machine = {
         "device": "Some GPU",
+        "device_type": "cuda",
         "driver": "1.2",
         "cuda": "13.0",
         "python": "3.11",
@@ -342,6 +344,22 @@ def test_the_report_has_the_figures_and_the_plots(tmp_path):
     assert "`liger` on group_mean-B-16x16-patch2-real, forward: RejectedError: output" in text
     for picture in [line[4:-1] for line in text.splitlines() if line.startswith("![](")]:
         assert (tmp_path / "report" / picture).stat().st_size > 5000, f"{picture} is empty"
+
+
+def test_goals_are_held_against_the_figures():
+    held = {goal.what: goal for goal in goals(some_results())}
+    loss = held["`patch_cross_entropy`, V = 16,384, K = 4: share of the limit"]  # 0.25 ms of 1 ms
+    assert (loss.value, loss.is_met) == (pytest.approx(0.25), False)
+    lead = held["`patch_cross_entropy`, V = 16,384, K = 4: best other over ours"]
+    assert lead.value == pytest.approx(3.0)
+    backward = held["`group_mean`, D = 768, K = 4, real, backward: share of the copy rate"]
+    assert backward.value == 0  # as the made-up forward and backward move equally many bytes
+    assert held["`group_mean`, one image, forward: µs of the host"].is_met  # 20 of 30
+    wide = held["`patch_cross_entropy`, V = 128,256, K = 1: share of the limit"]
+    assert wide.value is None  # not measured
+    assert not wide.is_met
+    met = sum(goal.is_met for goal in held.values())
+    assert goals_table(some_results()).startswith(f"{met} of {sum(g.value is not None for g in held.values())} are met")
 
 
 def test_the_report_renders_when_ours_or_all_others_are_missing(tmp_path):
