@@ -22,8 +22,8 @@ from npp_kernels._dispatch import can_overlap, cdiv, launch, next_power_of_2, nu
 from npp_kernels._triton_math import cap_derivative, capped, exp
 
 # H100, 2026-11-24, bf16; docs/tuning.md has what else was tried.
-# V = 16,384 in 16 warps runs at the copy rate (0.360 ms for 16,384 rows; 8 warps 0.372, 32 warps 0.525); V = 32,768 in
-# 16 warps (0.397 ms for 8,192 rows) beats reading it twice (0.444). V = 65,536 would spill.
+# V = 16,384 in 16 warps runs at the copy rate (0.357 ms for 16,384 rows; 32 warps 0.525); V = 32,768 in 16 warps
+# (0.397 ms for 8,192 rows) beats reading it twice (0.444). V = 65,536 would spill.
 MAX_BLOCK_BYTES = 65536
 WARP_BYTES = 2048
 # Label smoothing, a softcap and the statistics each keep a few values more for every logit.

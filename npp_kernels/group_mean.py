@@ -34,12 +34,13 @@ from npp_kernels._dispatch import cdiv, launch, next_power_of_2, runs_kernels
 from npp_kernels._segments import find_segments
 
 # H100, 2026-11-24, bf16, V = 16,384, 256 images of 16×16 tokens; docs/tuning.md has what else was tried.
-# A tile of 4,096 embeddings, 256 columns wide: 26 µs at D = 768, K = 4 (2,048: 28; 1,024 columns: 30).
+# A tile of 8,192 embeddings, 256 columns wide, 4 slots at a time: 15 µs at D = 768, K = 16 on real tokens (4,096 and 8
+# slots: 18; 512 columns: 17).
 BLOCK_ELEMENTS = 8192
 MAX_BLOCK_HIDDEN = 256
 UNROLLED_SLOTS = 4
-# Backward, at D = 768, K = 4: 82 µs on uniform tokens and 116 on real ones; chunks of 32 ids 87 and 142, four rows at a
-# time 91 and 124.
+# Backward, at D = 768, K = 4: 65 µs on uniform tokens and 84 on real ones; two rows at a time 70 and 92, 256 columns 73
+# and 88, chunks of 128 ids 71 and 95.
 CHUNK_SIZE = 64
 WARP_ROWS = 1
 WARP_HIDDEN = 512

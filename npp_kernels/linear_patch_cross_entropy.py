@@ -42,11 +42,18 @@ CHUNK_ELEMENTS = 1 << 29  # and no more than a gigabyte of 16-bit logits, where 
 CHUNK_MULTIPLE = 128
 
 
-def _chunks(num_rows: int, vocab_size: int, chunk_rows: int | None) -> Iterator[slice]:
-    """Yield the rows of each chunk: equal sizes, multiples of a product's tile where there is room."""
+def _chunks(num_rows: int, vocab_size: int, chunk_rows: int | None, spare_rows: int) -> Iterator[slice]:
+    """Yield the rows of each chunk: equal sizes, multiples of a product's tile where there is room.
+
+    Several chunks need a buffer as large as ``spare_rows`` of logits; as many rows more in a single one cost no more.
+    """
     if num_rows == 0:
         return
-    limit = min(CHUNK_ROWS, max(CHUNK_ELEMENTS // vocab_size, CHUNK_MULTIPLE)) if chunk_rows is None else chunk_rows
+    limit = chunk_rows
+    if limit is None:
+        limit = min(CHUNK_ROWS, max(CHUNK_ELEMENTS // vocab_size, CHUNK_MULTIPLE))
+        if num_rows <= limit + spare_rows:
+            limit = num_rows
     count = -(-num_rows // limit)
     step = -(-num_rows // count)
     if step + CHUNK_MULTIPLE <= limit:
@@ -87,6 +94,7 @@ class _Problem:
         settings: LossSettings,
         dtype: torch.dtype,
         chunk_rows: int | None,
+        wants: Sequence[bool],
     ) -> None:
         self.hidden = hidden.to(dtype)
         self.weight = weight.to(dtype)
@@ -95,7 +103,10 @@ class _Problem:
         self.coefficients = coefficients
         self.settings = settings
         self.wide = torch.promote_types(dtype, torch.float32)
-        self.chunks = list(_chunks(hidden.shape[0], weight.shape[0], chunk_rows))
+        # The fp32 gradient of the weight is a buffer of its own where the weight has another dtype.
+        summed_apart = wants[1] and weight.dtype != self.wide
+        spare_rows = self.wide.itemsize * weight.shape[1] // dtype.itemsize if summed_apart else 0
+        self.chunks = list(_chunks(hidden.shape[0], weight.shape[0], chunk_rows, spare_rows))
 
     def logits(self, chunk: slice) -> Tensor:
         """Return one chunk of logits."""
@@ -210,12 +221,12 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
         rows = torch.empty((4, groups.shape[0]), dtype=wide, device=hidden.device)
         losses = torch.empty(groups.shape, dtype=wide, device=hidden.device) if per_target else None
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
-        ctx.problem_options = (settings, dtype, chunk_rows)
+        ctx.problem_options = (settings, dtype, chunk_rows, wants)
         ctx.wants, ctx.ran = wants, False
         grads: tuple[Tensor | None, ...] = (None, None, None)
         with torch.autocast(hidden.device.type, enabled=False):
             problem = _Problem(
-                hidden, weight, bias, groups, Coefficients(slot_scale, totals), settings, dtype, chunk_rows
+                hidden, weight, bias, groups, Coefficients(slot_scale, totals), settings, dtype, chunk_rows, wants
             )
             early = any(wants) and not per_target and dtype != torch.float16
             gradients = _Gradients(problem, wants, ctx.dtypes) if early else None
@@ -308,7 +319,7 @@ def linear_patch_cross_entropy(
             caller's, and are always overwritten.
         return_stats: also return `PatchLossStats`, from the same pass.
         chunk_rows: at most so many rows of logits exist at a time; where None, 4,096, or fewer so that they stay below
-            2²⁹ elements.
+            2²⁹ elements, or all, where that takes no more memory.
 
     Returns:
         The loss, 0-d, or with ``reduction="none"`` ``[..., K]`` with 0 where ignored; fp32, or fp64 for fp64 products.

@@ -4,6 +4,7 @@ import torch
 import npp_kernels
 import reference.ops as reference
 from npp_kernels import _loss_kernels
+from npp_kernels.linear_patch_cross_entropy import _chunks
 from tests.budget import assert_within_budget
 from tests.conftest import INTERPRETED
 from tests.test_patch_cross_entropy import OPTIONS, make_groups
@@ -175,6 +176,24 @@ def test_double_backward_is_refused(device):
     (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="linear_patch_cross_entropy: expected one backward, got a double backward"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "vocab_size", "chunk_rows", "spare_rows", "sizes"),
+    [
+        (16384, 16384, None, 1536, [4096] * 4),
+        (5632, 16384, None, 1536, [5632]),  # one more chunk would need as much for the fp32 gradient
+        (5633, 16384, None, 1536, [2816 + 128, 2816 - 127]),  # equal, and a multiple of 128
+        (5632, 16384, None, 0, [2816, 2816]),  # the gradient is fp32 itself, or nobody wants it
+        (4096, 262144, None, 0, [2048, 2048]),  # a wide vocabulary
+        (300, 16384, 100, 1536, [100] * 3),  # as the caller says
+        (0, 16384, None, 0, []),
+    ],
+)
+def test_default_chunks(num_rows, vocab_size, chunk_rows, spare_rows, sizes):
+    chunks = list(_chunks(num_rows, vocab_size, chunk_rows, spare_rows))
+    assert [chunk.stop - chunk.start for chunk in chunks] == sizes
+    assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(num_rows))
 
 
 @pytest.mark.gpu
