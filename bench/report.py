@@ -20,10 +20,11 @@ from bench.tables import (
 
 METHOD = """\
 Every contender was compared with the reference in fp64 before it was timed. The contenders of a table ran in turn; on a
-GPU each run is timed by CUDA events after the L2 was flushed by reading. The limit is the time of the bytes that must move, at the
-rates measured in the same run; for the output layer it is the time of its matrix products alone, run in turn with the
-contenders. A share above 1 is possible where an id recurs: its embedding then comes from an L1, for which the limit does
-not allow. Real tokens are Fashion-MNIST images, spread over the vocabulary by a fixed stride: a few ids dominate."""
+GPU each run is timed by CUDA events after the L2 was flushed by reading. The limit is the time of the bytes that must
+move, at the rates measured in the same run; for the output layer it is the time of its matrix products alone, run in
+turn with the contenders. A share above 1 is possible where an id recurs: its embedding then comes from an L1, for which
+the limit does not allow. Real tokens are Fashion-MNIST images, spread over the vocabulary by a fixed stride: a few ids
+dominate."""
 
 GOALS = """\
 What was asked of an H100 in bf16, each row a ratio within this run. `docs/tuning.md` says what was tried for those that

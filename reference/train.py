@@ -86,6 +86,15 @@ class Log:
     """The log of a run as ``log.csv``, and as TensorBoard events where they are asked for."""
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
+        self._events: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(
+                    "tensorboard: expected the package, found none: pip install tensorboard"
+                ) from error
+            self._events = SummaryWriter(str(folder), purge_step=first_step + 1)
         path = folder / "log.csv"
         # Lines after the checkpoint that the run goes on from will be computed, and written, again.
         kept = []
@@ -97,11 +106,6 @@ class Log:
         self._writer.writeheader()
         self._writer.writerows(kept)
         self._file.flush()
-        self._events: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # needs the tensorboard package, which few want
-
-            self._events = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Write one line."""

@@ -316,6 +316,27 @@ def test_the_clock_counts_set_up_steps_as_long_as_later_ones(monkeypatch):
         assert clock.setup_seconds == pytest.approx(expected_setup)
 
 
+ROW = dict.fromkeys(train.COLUMNS, 0.5) | {"step": 3, "test_nll": None}
+
+
+def test_tensorboard_gets_what_the_log_gets(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = train.Log(tmp_path, 0, tensorboard=True)
+    log.write(ROW)
+    log.close()
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(train.COLUMNS) - {"step", "test_nll"}
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5)]
+
+
+def test_tensorboard_is_named_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match="tensorboard: expected the package, found none: pip install"):
+        train.Log(tmp_path, 0, tensorboard=True)
+
+
 def test_a_run_without_a_finite_loss_stops(tmp_path, capsys):
     status = train.main(arguments_of(tmp_path, "--lr", "1e30", "--warmup-epochs", "0", "--epochs", "0.2"))
     assert status == 1
