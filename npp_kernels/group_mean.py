@@ -49,9 +49,6 @@ FREQUENT_SPAN = 4
 FREQUENT_ROWS = 32
 FREQUENT_HIDDEN = 64
 
-# The PyTorch path gathers so many elements at a time, to keep them in a CPU's cache.
-TORCH_CHUNK_ELEMENTS = 1 << 18
-
 
 @triton.jit
 def _added(total, lost, rows, PRECISE: tl.constexpr):
@@ -356,42 +353,44 @@ def _launch_backward(
 def _torch_forward(
     table: Tensor, groups: Tensor, ignore_index: int | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """`_launch_forward` in PyTorch: few groups at a time, so that ``[P, K, D]`` never exists."""
-    wide = torch.float64 if table.dtype in (torch.float32, torch.float64) else torch.float32
+    """`_launch_forward` in PyTorch: one slot of all groups at a time where there is no operation for the whole."""
     num_groups, group_size = groups.shape
     if group_size == 1 and ignore_index is None:
         return F.embedding(groups[:, 0], table).to(out_dtype), None
+    if ignore_index is None and out_dtype == table.dtype and num_groups:
+        return F.embedding_bag(groups, table, mode="mean"), None
+    wide = torch.promote_types(table.dtype, torch.float32)
     ignored = None if ignore_index is None else groups == ignore_index
     counts = None if ignored is None else (~ignored).sum(1).to(wide)
-    divisors = groups.new_full((num_groups, 1), group_size) if counts is None else counts.clamp(min=1).unsqueeze(1)
-    out = torch.empty((num_groups, table.shape[1]), dtype=out_dtype, device=table.device)
-    step = max(TORCH_CHUNK_ELEMENTS // max(group_size * table.shape[1], 1), 1)
-    for first in range(0, num_groups, step):
-        chunk = slice(first, first + step)
+    total = torch.zeros((num_groups, table.shape[1]), dtype=wide, device=table.device)
+    for slot, ids in enumerate(groups.unbind(1)):
         if ignored is None:
-            rows = F.embedding(groups[chunk], table)
+            total += F.embedding(ids, table)
         else:
-            rows = F.embedding(groups[chunk].masked_fill(ignored[chunk], 0), table)
-            rows.masked_fill_(ignored[chunk].unsqueeze(2), 0)
-        out[chunk] = rows.sum(1, dtype=wide) / divisors[chunk]
-    return out, counts
+            rows = F.embedding(ids.masked_fill(ignored[:, slot], 0), table)
+            total += rows.masked_fill_(ignored[:, slot].unsqueeze(1), 0)
+    total /= group_size if counts is None else counts.clamp(min=1).unsqueeze(1)
+    return total.to(out_dtype), counts
 
 
 def _torch_backward(
     grad: Tensor, groups: Tensor, counts: Tensor | None, ignore_index: int | None, vocab_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """`_launch_backward` in PyTorch; `index_put_` accumulates in a fixed order on every device."""
+    """`_launch_backward` in PyTorch: each id sums its own segment of one stable order, as there."""
+    group_size = groups.shape[1]
+    if not groups.numel():
+        return torch.zeros((vocab_size, grad.shape[1]), dtype=dtype, device=grad.device)
     wide = torch.promote_types(dtype, torch.float32)
-    scaled = grad.to(wide) / (groups.shape[1] if counts is None else counts.to(wide).clamp(min=1).unsqueeze(1))
-    grad_table = torch.zeros((vocab_size, grad.shape[1]), dtype=wide, device=grad.device)
-    for ids in groups.unbind(1):
-        if ignore_index is None:
-            grad_table.index_put_((ids,), scaled, accumulate=True)
-        else:
-            ignored = ids == ignore_index
-            rows = scaled.masked_fill(ignored.unsqueeze(1), 0)
-            grad_table.index_put_((ids.masked_fill(ignored, 0),), rows, accumulate=True)
-    return grad_table.to(dtype)
+    scaled = grad.to(wide) / (group_size if counts is None else counts.to(wide).clamp(min=1).unsqueeze(1))
+    ids = groups.flatten()
+    num_segments = vocab_size
+    if ignore_index is not None:
+        ids = ids.masked_fill(ids == ignore_index, vocab_size)
+        num_segments += 1  # the last, of what is ignored, is dropped
+    keys, order = torch.sort(ids, stable=True)
+    starts = torch.searchsorted(keys, torch.arange(num_segments, dtype=keys.dtype, device=keys.device))
+    sums = F.embedding_bag(order // group_size, scaled, starts, mode="sum")
+    return sums[:vocab_size].to(dtype)
 
 
 class _GroupMean(torch.autograd.Function):

@@ -209,6 +209,9 @@ def _scaled(grad: Tensor | None, upstream: Tensor) -> Tensor | None:
     if runs_kernels(grad):
         launch_scale(grad.view(-1, grad.shape[-1]), upstream)
         return grad
+    # Where looking costs nothing, a gradient as large as the weight need not be multiplied by 1.
+    if grad.device.type == "cpu" and not torch.compiler.is_compiling() and upstream.item() == 1:
+        return grad
     return grad * upstream
 
 

@@ -9,10 +9,12 @@ over it in place; nothing is unfolded. Grids of lower rank are 3-D grids with ax
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -78,13 +80,17 @@ def _patch_mean_kernel(
         tl.store(means, (total / GROUP_SIZE).to(means_ptr.dtype.element_ty), mask=mask)
 
 
+def _rank_3(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the sizes of a grid or patch with axes of size 1 in front."""
+    return (1,) * (MAX_GRID_RANK - len(sizes)) + tuple(sizes)
+
+
 def _launch(embeddings: Tensor, means: Tensor, grid: Sequence[int], patch: Sequence[int], backward: bool) -> None:
     """Fill ``means [P, D]`` from ``embeddings [N, D]``, or backward the other way round."""
     num_patches, hidden_size = means.shape
     if means.numel() == 0:
         return
-    kt, kh, kw = (1,) * (MAX_GRID_RANK - len(patch)) + tuple(patch)
-    height, width = ((1,) * (MAX_GRID_RANK - len(grid)) + tuple(grid))[1:]
+    (kt, kh, kw), (_, height, width) = _rank_3(patch), _rank_3(grid)
     block_hidden = min(next_power_of_2(hidden_size), MAX_BLOCK_HIDDEN)
     block_patches = BLOCK_ELEMENTS // block_hidden
     launch(
@@ -106,12 +112,30 @@ def _launch(embeddings: Tensor, means: Tensor, grid: Sequence[int], patch: Seque
     )
 
 
-def _boxes(tokens: Tensor, grid: Sequence[int], patch: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """View ``tokens [N, D]`` as a grid of boxes ``[N / prod(grid), g1/k1, k1, g2/k2, k2, .., D]``; name the k axes."""
+def _torch_forward(embeddings: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
+    """Return the means ``[P, D]`` of ``embeddings [N, D]``: pooled over height and width, then over frames."""
+    shape = (embeddings.shape[0] // math.prod(patch), embeddings.shape[1])
+    if not embeddings.numel():
+        return embeddings.new_empty(shape)
+    (kt, *window), (_, height, width) = _rank_3(patch), _rank_3(grid)
+    frames = embeddings.view(-1, height, width, embeddings.shape[1]).permute(0, 3, 1, 2)
+    if kt == 1:
+        return F.avg_pool2d(frames, window).permute(0, 2, 3, 1).reshape(shape)
+    wide = torch.promote_types(embeddings.dtype, torch.float32)
+    pooled = F.avg_pool2d(frames.to(wide), window).permute(0, 2, 3, 1)
+    return pooled.unflatten(0, (-1, kt)).mean(1).to(embeddings.dtype).reshape(shape)
+
+
+def _torch_backward(grad: Tensor, grad_embeddings: Tensor, grid: Sequence[int], patch: Sequence[int]) -> None:
+    """Fill ``grad_embeddings [N, D]`` from the means' gradient ``[P, D]``, one place of all patches at a time."""
     split = [size for axis, step in zip(grid, patch, strict=True) for size in (axis // step, step)]
-    return tokens.view(tokens.shape[0] // max(math.prod(grid), 1), *split, tokens.shape[1]), list(
-        range(2, 2 * len(grid) + 1, 2)
-    )
+    boxes = grad_embeddings.view(grad_embeddings.shape[0] // max(math.prod(grid), 1), *split, grad_embeddings.shape[1])
+    spread = grad / math.prod(patch)
+    for place in itertools.product(*map(range, patch)):
+        tokens = boxes
+        for axis, at in enumerate(place):
+            tokens = tokens.select(axis + 2, at)  # after the batch, and one axis of patches for each axis of the grid
+        tokens.copy_(spread.view(tokens.shape))
 
 
 class _PatchMean(torch.autograd.Function):
@@ -123,9 +147,7 @@ class _PatchMean(torch.autograd.Function):
             means = embeddings.new_empty((num_patches, embeddings.shape[1]))
             _launch(embeddings, means, grid, patch, backward=False)
             return means
-        boxes, axes = _boxes(embeddings, grid, patch)
-        wide = torch.promote_types(embeddings.dtype, torch.float32)
-        return boxes.mean(axes, dtype=wide).to(embeddings.dtype).view(num_patches, embeddings.shape[1])
+        return _torch_forward(embeddings, grid, patch)
 
     @staticmethod
     @first_order_only("patch_mean")
@@ -135,9 +157,7 @@ class _PatchMean(torch.autograd.Function):
         if runs_kernels(grad):
             _launch(grad_embeddings, grad.contiguous(), ctx.grid, ctx.patch, backward=True)
         else:
-            boxes, axes = _boxes(grad_embeddings, ctx.grid, ctx.patch)
-            shape = [1 if axis in axes else size for axis, size in enumerate(boxes.shape)]
-            boxes.copy_((grad / math.prod(ctx.patch)).view(shape))
+            _torch_backward(grad, grad_embeddings, ctx.grid, ctx.patch)
         return grad_embeddings, None, None
 
 

@@ -62,10 +62,20 @@ def test_equals_group_mean_of_the_same_embeddings(device):
     )
 
 
-def test_one_token_and_empty(device):
+def test_one_token(device):
     embeddings = torch.randn(2, 4, 4, 3, device=device)
     assert torch.equal(npp_kernels.patch_mean(embeddings, 1), embeddings.view(2, 16, 3))
-    assert npp_kernels.patch_mean(embeddings[:0], 2).shape == (0, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "means"), [((0, 4, 4, 3), (0, 4, 3)), ((2, 4, 4, 0), (2, 4, 0)), ((2, 0, 4, 3), (2, 0, 3))]
+)
+def test_empty(device, shape, means):
+    embeddings = torch.zeros(shape, device=device, requires_grad=True)
+    result = npp_kernels.patch_mean(embeddings, 2)
+    result.sum().backward()
+    assert result.shape == means
+    assert embeddings.grad.shape == shape
 
 
 def test_gradcheck():
