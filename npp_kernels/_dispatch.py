@@ -23,7 +23,7 @@ def runs_kernels(tensor: Tensor) -> bool:
 
 
 def cdiv(size: int, step: int) -> int:
-    """Return how many steps cover a size. Triton's own also serves kernels, and takes a slow host 5 µs."""
+    """Return how many steps cover a size. Triton's own also serves kernels, and takes the host several µs."""
     return -(-size // step)
 
 
