@@ -13,6 +13,9 @@ from torch import Tensor
 # Triton reads TRITON_INTERPRET when it decorates a kernel, at import; so do we.
 INTERPRETED = triton.knobs.runtime.interpret
 
+# In Triton 3.4 the waiting of an overlapping kernel (`gdc_wait`) does not compile.
+TRITON_OVERLAPS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
+
 
 def runs_kernels(tensor: Tensor) -> bool:
     """Return whether the Triton kernels serve this tensor: on a GPU, or anywhere under ``TRITON_INTERPRET=1``.
@@ -39,7 +42,7 @@ def num_multiprocessors(tensor: Tensor) -> int:
 
 @functools.cache
 def _supports_dependent_launch(index: int) -> bool:
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (9, 0)
+    return TRITON_OVERLAPS and torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
 def can_overlap(tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from npp_kernels._dispatch import can_overlap, cdiv, launch, next_power_of_2, num_multiprocessors
-from npp_kernels._triton_math import cap_derivative, capped, exp
+from npp_kernels._triton_math import cap_derivative, capped, divide, exp
 
 # H100, 2026-11-24, bf16; docs/tuning.md has what else was tried.
 # V = 16,384 in 16 warps runs at the copy rate (0.357 ms for 16,384 rows; 32 warps 0.525); V = 32,768 in 16 warps
@@ -27,7 +27,7 @@ from npp_kernels._triton_math import cap_derivative, capped, exp
 MAX_BLOCK_BYTES = 65536
 WARP_BYTES = 2048
 # Label smoothing, a softcap and the statistics each keep a few values more for every logit.
-MAX_OPTIONS_BLOCK = 8192
+MAX_OPTIONS_BYTES = 16384
 # Blocks of 8,192 gradients, 8 programs a multiprocessor: 0.154 ms for 4,096 rows; 4,096 gradients 0.165.
 GRADIENT_BLOCK = 8192
 GRADIENT_PROGRAMS = 8
@@ -263,9 +263,10 @@ def _loss_kernel(
     targets = tl.load(groups_row + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
     weights, counted, in_range = _find_weights(targets, slots, slot_scale_ptr, vocab_size, ignore_index, GROUP_SIZE)
     target_logits = capped(tl.load(logits_row + targets, mask=in_range, other=0.0).to(tl.float32), softcap)
+    # Found while the row is on its way, where there are registers to spare for the rest of the time.
+    EARLY: tl.constexpr = ONE_BLOCK and not PRECISE
     if ONE_BLOCK:
-        if grad_ptr is not None:
-            # While the row is on its way. A wide row has no registers to spare for this.
+        if EARLY and grad_ptr is not None:
             equal_weights = _sum_equal_weights(
                 groups_row, targets, weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS
             )
@@ -349,7 +350,7 @@ def _loss_kernel(
         softmax_weight = row_coefficient + 2.0 * penalty * lse
         idle = (row_coefficient == 0) & (penalty == 0)
         if ONE_BLOCK:
-            weighted_softmax = exponentials * tl.div_rn(softmax_weight, total)
+            weighted_softmax = exponentials * divide(softmax_weight, total)
             gradient = _gradient_away_from_targets(weighted_softmax, logits, spread, idle, softcap)
             tl.store(grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
         else:
@@ -368,6 +369,7 @@ def _loss_kernel(
                 tl.store(
                     grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first"
                 )
+        if not EARLY:
             equal_weights = _sum_equal_weights(
                 groups_row, targets, weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS
             )
@@ -504,7 +506,7 @@ def _slot_options(group_size: int, totals: Tensor | None) -> dict[str, int]:
 
 def _row_options(vocab_size: int, itemsize: int, many_values: bool) -> dict[str, Any]:
     """Return the tiling of a row of logits; ``many_values`` where an option keeps more than the logits in registers."""
-    limit = MAX_OPTIONS_BLOCK if many_values else MAX_BLOCK_BYTES // itemsize
+    limit = (MAX_OPTIONS_BYTES if many_values else MAX_BLOCK_BYTES) // itemsize
     one_block = vocab_size <= limit
     block_vocab = max(next_power_of_2(vocab_size), 32) if one_block else limit
     max_warps = 8 if many_values else 16 if one_block else 32

@@ -20,6 +20,18 @@ def exp(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def divide(x, y):
+    """Return x / y to the last place, for ordinary y.
+
+    The GPU's fast division is off by up to two of them, which one step of Newton's method makes good. `tl.div_rn` is
+    exact for any numbers, but calls a slow path, for which a kernel with many values in registers has none to spare.
+    """
+    quotient = x / y
+    missing = tl.fma(-quotient, y, x) / y
+    return tl.where(missing == missing, quotient + missing, quotient)  # an infinite quotient misses NaN
+
+
+@triton.jit
 def tanh(x):
     """Return the hyperbolic tangent, to a few ulp; `tl.math` has none that works on every back end."""
     magnitude = tl.abs(x)

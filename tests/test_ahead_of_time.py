@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from npp_kernels import _loss_kernels, _segments
+from npp_kernels._dispatch import TRITON_OVERLAPS
 from npp_kernels.group_mean import (
     CHUNK_SIZE,
     FREQUENT_HIDDEN,
@@ -57,7 +58,7 @@ def compile_kernel(kernel, target, arguments):
     """
     arguments = dict(arguments)
     if "OVERLAP" in arguments:
-        arguments["OVERLAP"] = target in ("sm_90", "sm_100")
+        arguments["OVERLAP"] = TRITON_OVERLAPS and target in ("sm_90", "sm_100")
     options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
     types = {
         name: value if isinstance(value, str) and re.match(r"\*|i32|i64|fp32", value) else "constexpr"

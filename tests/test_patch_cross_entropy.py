@@ -102,7 +102,7 @@ def test_a_vocabulary_of_one_has_no_loss(device):
 def narrow_blocks(monkeypatch):
     """Send small rows through the code for rows that are wider than one program's registers."""
     monkeypatch.setattr(_loss_kernels, "MAX_BLOCK_BYTES", 256)
-    monkeypatch.setattr(_loss_kernels, "MAX_OPTIONS_BLOCK", 64)
+    monkeypatch.setattr(_loss_kernels, "MAX_OPTIONS_BYTES", 256)
     monkeypatch.setattr(_loss_kernels, "GRADIENT_BLOCK", 32)
 
 
@@ -187,6 +187,16 @@ def test_minus_infinity_masks_a_logit(device):
     logits[:, 7:30] = float("-inf")
     groups = torch.randint(7, (64, 3), device=device)
     check(logits, groups)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_target_that_is_masked_costs_infinitely_much(device, reduction):
+    logits = torch.zeros(3, 40, device=device)
+    logits[1, 5] = float("-inf")
+    groups = torch.tensor([[0, 1], [5, 6], [2, 2]], device=device)
+    losses = npp_kernels.patch_cross_entropy(logits, groups, reduction=reduction)
+    assert losses.isinf().sum() == 1
+    assert losses.max() == float("inf")
 
 
 def test_slices_and_leading_axes(device):
