@@ -251,6 +251,22 @@ def test_compiles_without_spills(case, target, tmp_path):
         )
 
 
+@pytest.mark.skipif(not TRITON_OVERLAPS, reason="this Triton has no overlapping launches")
+@pytest.mark.parametrize("case", [case for case in CASES if "OVERLAP" in CASES[case][1]])
+def test_an_overlapping_kernel_waits_before_it_writes(case):
+    """What was launched before may still be reading or writing until then."""
+    kernel, arguments = CASES[case]
+    ptx = compile_kernel(kernel, "sm_90", arguments).asm["ptx"]
+    if (
+        kernel is _loss_kernels._count_targets_kernel
+    ):  # starts when all before it has ended, and lets the next one start
+        assert "griddepcontrol.launch_dependents" in ptx
+        assert "griddepcontrol.wait" not in ptx
+        return
+    writes = re.search(r"\b(st\.global|atom\.global|red\.global)", ptx)
+    assert 0 < ptx.find("griddepcontrol.wait") < writes.start()
+
+
 class _FakeDriver:
     """What torch asks of Triton's driver when it looks at a kernel, on a machine without a GPU."""
 
