@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from bench.contenders import absent_packages
-from bench.records import Journal
 from bench.session import Session, resolve_device
 
 SESSION = pytest.StashKey[Session]()
@@ -44,11 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def session(pytestconfig: pytest.Config) -> Session:
     """The session that all benchmarks share; its first use measures the machine's limits."""
-    made = Session(resolve_device(pytestconfig.getoption("--device")))
     commit = pytestconfig.hook.pytest_benchmark_generate_commit_info(config=pytestconfig)
-    now = datetime.now(timezone.utc).isoformat()
-    header = {"machine": made.machine, "commit": commit, "date": now, "absent": absent_packages()}
-    made.journal = Journal(pytestconfig.getoption("--journal"), header)
+    device = resolve_device(pytestconfig.getoption("--device"))
+    made = Session(device, pytestconfig.getoption("--journal"), commit)
     pytestconfig.stash[SESSION] = made
     return made
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from bench.records import Record, Results
 from bench.shapes import HIDDEN_SIZES, OPERATIONS, VOCAB_SIZE
-from bench.tables import OURS, best, markdown_table
+from bench.tables import OURS, best, markdown_table, with_backward_alone
+
+GRID = 16  # of the images that the goals are about
 
 
 @dataclass(frozen=True)
@@ -37,34 +39,29 @@ class _Run:
 
     def __init__(self, results: Results) -> None:
         self._records = results.records
+        self._backward = with_backward_alone(results)
         self.copy_rate: float = results.machine["limits"]["copy_bytes_per_second"]
 
     def pick(self, operation: str, model: str, patch: int, **others: Any) -> list[Record]:
         """Return all contenders' records of one workload, on real tokens and of both passes if nothing else is said."""
         wanted = {"tokens": "real", "direction": "forward_backward", "reduction": "mean", "host_bound": False} | others
+        wanted |= {"operation": operation, "model": model, "patch": patch, "grid": GRID}
         return [
-            record
-            for record in self._records
-            if (record.operation, record.model, record.patch) == (operation, model, patch)
-            and all(getattr(record, name) == value for name, value in wanted.items())
+            record for record in self._records if all(getattr(record, name) == value for name, value in wanted.items())
         ]
 
-    def backward(self, model: str, patch: int, tokens: str) -> dict[str, float]:
-        """Return the seconds of each contender's backward of `group_mean`: both passes less the forward alone."""
-        forward, both = (
-            {r.contender: r.median for r in self.pick("group_mean", model, patch, tokens=tokens, direction=direction)}
-            for direction in ("forward", "forward_backward")
-        )
-        return {name: both[name] - forward[name] for name in both if name in forward}
+    def backward(self, model: str, patch: int, tokens: str) -> dict[str, tuple[float, int]]:
+        """Return the seconds of each contender's backward of `group_mean`, and the bytes that it must move."""
+        wanted = (model, patch, tokens, GRID)
+        return {
+            both.contender: (both.median - forward.median, both.memory_bytes - forward.memory_bytes)
+            for both, forward in self._backward
+            if (both.model, both.patch, both.tokens, both.grid) == wanted
+        }
 
 
 def _ours(records: Sequence[Record]) -> Record | None:
     return best(record for record in records if record.contender in OURS)
-
-
-def _others(records: Sequence[Record], chosen: Callable[[Record], bool] = lambda _: True) -> float | None:
-    """Return the seconds of the fastest other contender."""
-    return min((r.median for r in records if r.contender not in OURS and chosen(r)), default=None)
 
 
 def _share(records: Sequence[Record]) -> float | None:
@@ -74,8 +71,13 @@ def _share(records: Sequence[Record]) -> float | None:
 
 def _lead(records: Sequence[Record], chosen: Callable[[Record], bool] = lambda _: True) -> float | None:
     """Return how many times as long as ours the fastest other takes."""
-    ours, other = _ours(records), _others(records, chosen)
-    return None if ours is None or other is None else other / ours.median
+    ours = _ours(records)
+    other = best(record for record in records if record.contender not in OURS and chosen(record))
+    return None if ours is None or other is None else other.median / ours.median
+
+
+def _is_compiled(contender: str) -> bool:
+    return contender.endswith("_compiled")
 
 
 def _loss_goals(run: _Run) -> Iterator[Goal]:
@@ -84,13 +86,13 @@ def _loss_goals(run: _Run) -> Iterator[Goal]:
         records = run.pick(name, model, patch)
         about = f"`{name}`, V = {VOCAB_SIZE:,}, K = {patch * patch}"
         yield Goal(f"{about}: share of the limit", share, _share(records))
-        quack = _others(records, lambda r: r.contender.startswith("quack"))
-        if patch == 1 and quack is not None:
-            yield Goal(f"{about}: QuACK over ours", 1.6, _lead(records, lambda r: r.contender.startswith("quack")))
-        elif patch == 1:
-            yield Goal(f"{about}: best torch.compile over ours", lead, _lead(records, lambda r: "compiled" in r.label))
-        else:
+        if patch > 1:
             yield Goal(f"{about}: best other over ours", lead, _lead(records))
+        elif (quack := _lead(records, lambda record: record.contender.startswith("quack"))) is not None:
+            yield Goal(f"{about}: QuACK over ours", 1.6, quack)
+        else:
+            compiled = _lead(records, lambda record: _is_compiled(record.contender))
+            yield Goal(f"{about}: best torch.compile over ours", lead, compiled)
     for model, patch in (("V128256", 1), ("V262144", 2)):
         about = f"`{name}`, V = {int(model[1:]):,}, K = {patch * patch}"
         yield Goal(f"{about}: share of the limit", 0.88, _share(run.pick(name, model, patch)))
@@ -112,21 +114,17 @@ def _mean_goals(run: _Run) -> Iterator[Goal]:
                 if patch > 1:
                     yield Goal(f"{about}, {tokens}, forward: best other over ours", 4.0, _lead(records))
             backward = {tokens: run.backward(model, patch, tokens) for tokens in ("real", "uniform")}
-            for tokens, seconds in backward.items():
-                if "ours" not in seconds:
+            for tokens, costs in backward.items():
+                if "ours" not in costs:
                     continue
-                what, ours = f"{about}, {tokens}, backward", seconds["ours"]
-                both = run.pick(name, model, patch, tokens=tokens)
-                forward = run.pick(name, model, patch, tokens=tokens, direction="forward")
-                moved = both[0].memory_bytes - forward[0].memory_bytes
+                what, (ours, moved) = f"{about}, {tokens}, backward", costs["ours"]
+                ratios = {contender: seconds / ours for contender, (seconds, _) in costs.items()}
                 yield Goal(f"{what}: share of the copy rate", share_of_copy, moved / run.copy_rate / ours)
-                bag = seconds.get("embedding_bag")
-                yield Goal(f"{what}: `F.embedding_bag` over ours", 6.0, None if bag is None else bag / ours)
-                compiled = min((seconds[key] for key in seconds if key.endswith("compiled")), default=None)
-                lead = None if compiled is None else compiled / ours
-                yield Goal(f"{what}: best torch.compile over ours", 2.5, lead)
-            if all("ours" in seconds for seconds in backward.values()):
-                ratio = backward["real"]["ours"] / backward["uniform"]["ours"]
+                yield Goal(f"{what}: `F.embedding_bag` over ours", 6.0, ratios.get("embedding_bag"))
+                compiled = min((ratios[contender] for contender in ratios if _is_compiled(contender)), default=None)
+                yield Goal(f"{what}: best torch.compile over ours", 2.5, compiled)
+            if all("ours" in costs for costs in backward.values()):
+                ratio = backward["real"]["ours"][0] / backward["uniform"]["ours"][0]
                 yield Goal(f"{about}, backward: real over uniform", 1.3, ratio, at_most=True)
 
 
@@ -137,8 +135,7 @@ def _linear_goals(run: _Run) -> Iterator[Goal]:
         ours = _ours(run.pick(name, model, patch))
         rows = 0 if ours is None else ours.images * ours.grid**2 // patch**2
         about = f"`{name}`, {model}, K = {patch * patch}, {rows:,} rows"
-        share = _share(run.pick(name, model, patch))
-        value = None if share is None else 1 / share
+        value = None if ours is None else 1 / ours.share_of_limit
         yield Goal(f"{about}: ours over the products alone", ratio, value, at_most=True)
     for model in ("B", "XXL"):
         ours = _ours(run.pick(name, model, 1))

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.clocks import make_clock
-from bench.contenders import PACKAGES, Contender
+from bench.contenders import PACKAGES, Contender, absent_packages
 from bench.limits import Limits, measure_limits
 from bench.measure import Measurement, Outcome
 from bench.records import Journal, Refusal
@@ -81,15 +82,17 @@ def describe_machine(device: torch.device, limits: Limits) -> dict[str, Any]:
 
 
 class Session:
-    """What the tests of a session share: the clock, the limits, and the workload measured last."""
+    """What the tests of a session share: the clock, the limits, the journal, and the workload measured last."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, journal: Path, commit: dict[str, Any]) -> None:
         self.dtype = DTYPES[device.type]
         self.clock = make_clock(device)
         self.limits = measure_limits(self.clock, self.dtype)
         self.machine = describe_machine(device, self.limits)
         self.refusals: list[Refusal] = []
-        self.journal: Journal | None = None
+        now = datetime.now(timezone.utc).isoformat()
+        header = {"machine": self.machine, "commit": commit, "date": now, "absent": absent_packages()}
+        self._journal = Journal(journal, header)
         self._measured: Workload | None = None
         self._outcomes: dict[tuple[str, str], Outcome] = {}
 
@@ -102,8 +105,7 @@ class Session:
                 entry = outcome if isinstance(outcome, Refusal) else outcome[0]
                 if isinstance(entry, Refusal):
                     self.refusals.append(entry)
-                if self.journal is not None:
-                    self.journal.add(entry)
+                self._journal.add(entry)
             if self.clock.device.type == "cuda":
                 torch.cuda.empty_cache()
         return self._outcomes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 from bench.contenders import CONTENDERS
 from bench.records import Record, Results
@@ -160,27 +161,33 @@ def summary_table(results: Results) -> str:
     return markdown_table(header, rows)
 
 
-def backward_table(results: Results) -> str:
-    """Return what the backward of `group_mean` costs: forward + backward less the forward alone.
+def with_backward_alone(results: Results) -> list[tuple[Record, Record]]:
+    """Return the records of `group_mean` of both passes, each with that of its forward alone.
 
-    The difference counts the preparation of the indices wherever a contender does it.
+    The difference is what the backward costs; it counts the preparation of the indices wherever a contender does it.
     """
     records = [record for record in results.records if record.operation == "group_mean" and not record.host_bound]
-    forward = {(r.model, r.grid, r.tokens, r.patch, r.contender): r.median for r in records if r.direction == "forward"}
-    grouped: dict[tuple[str, int, str], list[Record]] = {}
-    for record in records:
-        key = (record.model, record.grid, record.tokens, record.patch, record.contender)
-        if record.direction == "forward_backward" and key in forward:
-            grouped.setdefault((record.model, record.grid, record.tokens), []).append(record)
 
-    def difference(record: Record) -> str:
-        key = (record.model, record.grid, record.tokens, record.patch, record.contender)
-        return milliseconds(record.median - forward[key])
+    def key(record: Record) -> tuple[Any, ...]:
+        return record.model, record.grid, record.tokens, record.patch, record.contender
+
+    forward = {key(record): record for record in records if record.direction == "forward"}
+    both = [record for record in records if record.direction == "forward_backward"]
+    return [(record, forward[key(record)]) for record in both if key(record) in forward]
+
+
+def backward_table(results: Results) -> str:
+    """Return what the backward of `group_mean` costs: forward + backward less the forward alone."""
+    grouped: dict[tuple[str, int, str], list[Record]] = {}
+    seconds = {}
+    for record, forward in with_backward_alone(results):
+        grouped.setdefault((record.model, record.grid, record.tokens), []).append(record)
+        seconds[record] = record.median - forward.median
 
     parts = []
     for (model, grid, tokens), chosen in grouped.items():
         parts.append(f"{model}, {grid}x{grid}, {tokens} tokens: forward + backward less forward, in ms")
-        parts.append(stage_table(chosen, difference))
+        parts.append(stage_table(chosen, lambda record: milliseconds(seconds[record])))
     return "\n\n".join(parts)
 
 

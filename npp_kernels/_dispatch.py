@@ -54,19 +54,22 @@ def can_overlap(tensor: Tensor) -> bool:
     return tensor.is_cuda and not torch.compiler.is_compiling() and _supports_dependent_launch(tensor.device.index)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, early: bool = False, **options: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, early: bool | None = None, **options: Any) -> None:
     """Launch a kernel on the GPU of its first argument, a tensor, which need not be on the current GPU.
 
     Args:
         kernel: a `triton.jit` function.
         grid: one to three numbers of programs.
         arguments: those that are not fixed, by position.
-        early: launch it before the kernel ahead of it has ended, where `can_overlap` says so.
+        early: for a kernel with a fixed parameter OVERLAP, which tells it to wait: whether to launch it before the
+            kernel ahead of it has ended, where `can_overlap` allows that.
         options: the fixed parameters, and Triton's own options.
     """
     device = arguments[0].device
     here = INTERPRETED or torch.compiler.is_compiling() or device.index == torch.cuda.current_device()
-    if early:
-        options["launch_pdl"] = True
+    if early is not None:
+        options["OVERLAP"] = early and can_overlap(arguments[0])
+        if options["OVERLAP"]:
+            options["launch_pdl"] = True
     with nullcontext() if here else torch.cuda.device(device):
         kernel[grid](*arguments, **options)

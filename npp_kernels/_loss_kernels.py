@@ -519,6 +519,13 @@ def _row_options(vocab_size: int, itemsize: int, many_values: bool) -> dict[str,
     }
 
 
+def _gradient_blocks(rows: Tensor) -> tuple[tuple[int], int]:
+    """Return the grid of programs that share the blocks of ``rows [N, M]``, and the size of a block."""
+    num_rows, row_size = rows.shape
+    block = min(max(next_power_of_2(row_size), 32), GRADIENT_BLOCK)
+    return (min(num_rows * cdiv(row_size, block), GRADIENT_PROGRAMS * num_multiprocessors(rows)),), block
+
+
 def count_targets(groups: Tensor, slot_weights: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Return partial totals ``[2, n]`` over ``groups [N, K]``: the weight of its targets, and its rows with one.
 
@@ -569,7 +576,7 @@ def launch_loss(
         The sum of the rows' losses, where the kernel could find it on its way.
     """
     num_rows, vocab_size = logits.shape
-    overlap = ticket is not None and can_overlap(logits)
+    counted_just_now = ticket is not None
     loss = None
     if num_rows > MAX_TICKETS:
         ticket = None
@@ -598,8 +605,7 @@ def launch_loss(
         settings.softcap,
         NORMALIZE=settings.normalize,
         WITH_STATS=stats,
-        OVERLAP=overlap,
-        early=overlap,
+        early=counted_just_now,
         **_slot_options(groups.shape[1], totals),
         **_row_options(vocab_size, logits.element_size(), many_values),
     )
@@ -622,11 +628,10 @@ def launch_gradient(
     With ``skip_unit``, ``grad`` holds the gradient for an upstream of 1 already. ``grad`` may be ``logits``.
     """
     num_rows, vocab_size = logits.shape
-    block_vocab = min(max(next_power_of_2(vocab_size), 32), GRADIENT_BLOCK)
-    tasks = num_rows * cdiv(vocab_size, block_vocab)
+    grid, block_vocab = _gradient_blocks(logits)
     launch(
         _gradient_kernel,
-        (min(tasks, GRADIENT_PROGRAMS * num_multiprocessors(logits)),),
+        grid,
         logits,
         grad,
         groups,
@@ -646,8 +651,7 @@ def launch_gradient(
         NORMALIZE=settings.normalize,
         PER_TARGET=upstream.ndim > 0,
         SKIP_UNIT=skip_unit,
-        OVERLAP=can_overlap(logits),
-        early=can_overlap(logits),
+        early=True,
         BLOCK_VOCAB=block_vocab,
         num_warps=min(max(block_vocab // 512, 1), 8),
         **_slot_options(groups.shape[1], totals),
@@ -657,17 +661,15 @@ def launch_gradient(
 def launch_scale(grad: Tensor, upstream: Tensor) -> None:
     """Multiply ``grad [N, M]`` by a scalar ``upstream`` in place, unless that is 1."""
     num_rows, row_size = grad.shape
-    block = min(max(next_power_of_2(row_size), 32), GRADIENT_BLOCK)
-    tasks = num_rows * cdiv(row_size, block)
+    grid, block = _gradient_blocks(grad)
     launch(
         _scale_kernel,
-        (min(tasks, GRADIENT_PROGRAMS * num_multiprocessors(grad)),),
+        grid,
         grad,
         upstream,
         num_rows,
         grad.stride(0),
         row_size,
         BLOCK=block,
-        OVERLAP=can_overlap(grad),
-        early=can_overlap(grad),
+        early=True,
     )

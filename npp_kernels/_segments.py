@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npp_kernels._dispatch import can_overlap, cdiv, launch, num_multiprocessors
+from npp_kernels._dispatch import cdiv, launch, num_multiprocessors
 
 # H100, 2026-11-24: sorting 65,536 ids below 16,384 takes 36 µs in tiles of 256 and 8 warps; tiles of 128 take 38 to 41,
 # tiles of 512 48 to 55, 16 warps 46 (`torch.sort` of the ids as int16, without segments: 45).
@@ -108,7 +108,7 @@ def _digit_counts_kernel(
     ignore_index,
     HAS_IGNORED: tl.constexpr,
     PASSES: tl.constexpr,
-    RADIX: tl.constexpr,
+    BITS: tl.constexpr,
     TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -116,6 +116,7 @@ def _digit_counts_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    RADIX: tl.constexpr = 1 << BITS
     tile = tl.program_id(0)
     digits = tl.arange(0, RADIX)
     counts = tl.zeros([RADIX], tl.int32)
@@ -251,10 +252,10 @@ def _radix_sort(ids: Tensor, vocab_size: int, ignore_index: int | None, num_ids:
         "PASSES": passes,
         "HAS_IGNORED": ignore_index is not None,
         "TILE": TILE_SIZE,
-        "OVERLAP": can_overlap(ids),
-        "early": can_overlap(ids),
+        "BITS": DIGIT_BITS,
+        "early": True,
     }
-    launch(_digit_counts_kernel, (num_tiles,), ids, counts, *sizes, RADIX=1 << DIGIT_BITS, **options)
+    launch(_digit_counts_kernel, (num_tiles,), ids, counts, *sizes, **options)
     source, positions = ids, ids
     for index in range(passes):
         keys = torch.empty(num_ids, dtype=torch.int32, device=ids.device)
@@ -269,7 +270,6 @@ def _radix_sort(ids: Tensor, vocab_size: int, ignore_index: int | None, num_ids:
             order,
             *sizes,
             PASS=index,
-            BITS=DIGIT_BITS,
             BLOCK_TILES=BLOCK_TILES,
             BLOCK_OTHERS=TILE_OTHERS,
             num_warps=SCATTER_WARPS,
@@ -303,8 +303,7 @@ def find_segments(ids: Tensor, vocab_size: int, ignore_index: int | None) -> Seg
             HAS_IGNORED=ignore_index is not None,
             BLOCK=RANK_BLOCK,
             BLOCK_OTHERS=RANK_OTHERS,
-            OVERLAP=can_overlap(ids),
-            early=can_overlap(ids),
+            early=True,
         )
     else:
         keys, order = _radix_sort(ids, vocab_size, ignore_index, num_ids)
@@ -318,7 +317,6 @@ def find_segments(ids: Tensor, vocab_size: int, ignore_index: int | None) -> Seg
         vocab_size,
         STEPS=num_ids.bit_length() + 1,
         BLOCK=STARTS_BLOCK,
-        OVERLAP=can_overlap(ids),
-        early=can_overlap(ids),
+        early=True,
     )
     return Segments(keys, order, starts)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from npp_kernels._autograd import first_order_only
 from npp_kernels._checks import check_floating, check_groups, check_id_range, check_same_device, described
-from npp_kernels._dispatch import runs_kernels
+from npp_kernels._dispatch import cdiv, runs_kernels
 from npp_kernels._loss_kernels import LossSettings, launch_gradient, launch_loss, launch_scale
 from npp_kernels.patch_cross_entropy import (
     Coefficients,
@@ -54,10 +54,9 @@ def _chunks(num_rows: int, vocab_size: int, chunk_rows: int | None, spare_rows: 
         limit = min(CHUNK_ROWS, max(CHUNK_ELEMENTS // vocab_size, CHUNK_MULTIPLE))
         if num_rows <= limit + spare_rows:
             limit = num_rows
-    count = -(-num_rows // limit)
-    step = -(-num_rows // count)
+    step = cdiv(num_rows, cdiv(num_rows, limit))
     if step + CHUNK_MULTIPLE <= limit:
-        step = -(-step // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+        step = cdiv(step, CHUNK_MULTIPLE) * CHUNK_MULTIPLE
     for first in range(0, num_rows, step):
         yield slice(first, min(first + step, num_rows))
 
@@ -102,6 +101,7 @@ class _Problem:
         self.groups = groups
         self.coefficients = coefficients
         self.settings = settings
+        self.wants = wants  # gradients of hidden, weight and bias
         self.wide = torch.promote_types(dtype, torch.float32)
         # The fp32 gradient of the weight is a buffer of its own where the weight has another dtype.
         summed_apart = wants[1] and weight.dtype != self.wide
@@ -159,12 +159,11 @@ class _Problem:
 class _Gradients:
     """The gradients of the arguments, gathered chunk by chunk; None for those that nobody wants."""
 
-    def __init__(self, problem: _Problem, wants: Sequence[bool], dtypes: Sequence[torch.dtype]) -> None:
+    def __init__(self, problem: _Problem, dtypes: Sequence[torch.dtype]) -> None:
         self.problem = problem
-        self.wants = wants
         hidden_dtype, self.weight_dtype, self.bias_dtype = dtypes
         self.hidden: Tensor | None = None
-        if wants[0]:
+        if problem.wants[0]:
             self.hidden = torch.empty(problem.hidden.shape, dtype=hidden_dtype, device=problem.hidden.device)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
@@ -177,23 +176,23 @@ class _Gradients:
                 torch.mm(dlogits, problem.weight, out=self.hidden[chunk])
             else:
                 self.hidden[chunk] = dlogits @ problem.weight
-        if self.wants[1]:
+        if problem.wants[1]:
             if self.weight is not None:
                 _add_product(self.weight, dlogits.t(), problem.hidden[chunk])
             else:
                 # A single chunk is summed inside one product, which rounds once; several need fp32 between them.
                 dtype = self.weight_dtype if len(problem.chunks) == 1 else problem.wide
                 self.weight = _product(dlogits.t(), problem.hidden[chunk], dtype)
-        if self.wants[2]:
+        if problem.wants[2]:
             total = dlogits.sum(0, dtype=problem.wide)
             self.bias = total if self.bias is None else self.bias.add_(total)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients in the dtypes of the arguments."""
         problem = self.problem
-        if self.wants[1] and self.weight is None:
+        if problem.wants[1] and self.weight is None:
             self.weight = torch.zeros_like(problem.weight)
-        if self.wants[2] and self.bias is None:
+        if problem.wants[2] and self.bias is None:
             self.bias = problem.weight.new_zeros(problem.weight.shape[0])
         return (
             self.hidden,
@@ -225,14 +224,12 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
         losses = torch.empty(groups.shape, dtype=wide, device=hidden.device) if per_target else None
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         ctx.problem_options = (settings, dtype, chunk_rows, wants)
-        ctx.wants, ctx.ran = wants, False
+        ctx.ran = False
         grads: tuple[Tensor | None, ...] = (None, None, None)
         with torch.autocast(hidden.device.type, enabled=False):
-            problem = _Problem(
-                hidden, weight, bias, groups, Coefficients(slot_scale, totals), settings, dtype, chunk_rows, wants
-            )
+            problem = _Problem(hidden, weight, bias, groups, Coefficients(slot_scale, totals), *ctx.problem_options)
             early = any(wants) and not per_target and dtype != torch.float16
-            gradients = _Gradients(problem, wants, ctx.dtypes) if early else None
+            gradients = _Gradients(problem, ctx.dtypes) if early else None
             for chunk in problem.chunks:
                 logits = problem.logits(chunk)
                 problem.score(chunk, logits, losses, rows, stats, grad=early)
@@ -261,7 +258,7 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
         else:
             with torch.autocast(hidden.device.type, enabled=False):
                 problem = _Problem(hidden, weight, bias, groups, Coefficients(slot_scale, totals), *ctx.problem_options)
-                gradients = _Gradients(problem, ctx.wants, ctx.dtypes)
+                gradients = _Gradients(problem, ctx.dtypes)
                 upstream = upstream.contiguous()
                 for chunk in problem.chunks:
                     logits = problem.logits(chunk)

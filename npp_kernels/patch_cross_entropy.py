@@ -23,13 +23,7 @@ from torch import Tensor
 from npp_kernels._autograd import first_order_only
 from npp_kernels._checks import check_floating, check_groups, check_id_range, check_same_device, described
 from npp_kernels._dispatch import runs_kernels
-from npp_kernels._loss_kernels import (
-    LossSettings,
-    count_targets,
-    launch_gradient,
-    launch_loss,
-    launch_scale,
-)
+from npp_kernels._loss_kernels import LossSettings, count_targets, launch_gradient, launch_loss, launch_scale
 
 NORMALIZATIONS = ("target", "row", "slot")
 REDUCTIONS = ("mean", "sum", "none")

@@ -11,6 +11,7 @@ last two are kept, and reading falls back to the older where the newer is damage
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -56,6 +57,14 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
     for abandoned in folder.glob("step-*.partial"):
         abandoned.unlink()
     return path
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of results, which is whole at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def load_latest(folder: Path) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import matplotlib
 
+from reference.checkpoint import write_json
 from reference.config import FREE_TO_CHANGE, TrainConfig
 
 matplotlib.use("Agg")
@@ -95,9 +95,7 @@ class Results:
         """Add an outcome and write the file."""
         self.outcomes.append(outcome)
         content = {"settings": self.settings, "outcomes": [asdict(each) for each in self.outcomes]}
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
+        write_json(self.path, content)
 
 
 def by_way(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:

@@ -23,7 +23,6 @@ import gc
 import itertools
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -34,6 +33,7 @@ from typing import Any
 import torch
 
 from npp_kernels import PatchSchedule
+from reference.checkpoint import write_json
 from reference.model import SIZES, ModelConfig, Transformer
 from reference.optimizer import AdamWConfig
 from reference.step import SETUP_STEPS, StepConfig, TrainStep
@@ -171,7 +171,7 @@ class Table:
         print(f"{time.monotonic() - self._started:5.0f} s  {name}: {outcome}", flush=True)
         self.cells = [old for old in self.cells if old is not known] + [cell]
         self._measured.add(key)
-        write(self.options.json, self.cells)
+        write_json(self.options.json, {"cells": self.cells})
         return cell
 
     def _is_kept(self, cell: dict[str, Any]) -> bool:
@@ -196,14 +196,6 @@ class Table:
                 return images
             images //= 2
         return None
-
-
-def write(path: Path, cells: list[dict[str, Any]]) -> None:
-    """Write all cells; the file is whole at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"cells": cells}, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def report(cells: list[dict[str, Any]]) -> str:

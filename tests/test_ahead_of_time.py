@@ -138,18 +138,19 @@ def rank_sort_arguments():
 def digit_arguments():
     return {
         "counts_ptr": "*i32", "num_ids": "i32", "num_tiles": "i32", "subtiles": "i32", "vocab_size": "i32",
-        "ignore_index": "i32", "PASSES": 2, "HAS_IGNORED": True, "TILE": _segments.TILE_SIZE, "OVERLAP": False,
+        "ignore_index": "i32", "PASSES": 2, "BITS": _segments.DIGIT_BITS, "HAS_IGNORED": True,
+        "TILE": _segments.TILE_SIZE, "OVERLAP": False,
     }  # fmt: skip
 
 
 def digit_counts_arguments():
-    return {**digit_arguments(), "ids_ptr": "*i64", "RADIX": 1 << _segments.DIGIT_BITS}
+    return {**digit_arguments(), "ids_ptr": "*i64"}
 
 
 def digit_scatter_arguments(index):
     return {
         **digit_arguments(), "ids_ptr": "*i32" if index else "*i64", "positions_ptr": "*i32", "keys_ptr": "*i32",
-        "order_ptr": "*i32", "PASS": index, "BITS": _segments.DIGIT_BITS, "BLOCK_TILES": _segments.BLOCK_TILES,
+        "order_ptr": "*i32", "PASS": index, "BLOCK_TILES": _segments.BLOCK_TILES,
         "BLOCK_OTHERS": _segments.TILE_OTHERS, "num_warps": _segments.SCATTER_WARPS,
     }  # fmt: skip
 
@@ -257,9 +258,8 @@ def test_an_overlapping_kernel_waits_before_it_writes(case):
     """What was launched before may still be reading or writing until then."""
     kernel, arguments = CASES[case]
     ptx = compile_kernel(kernel, "sm_90", arguments).asm["ptx"]
-    if (
-        kernel is _loss_kernels._count_targets_kernel
-    ):  # starts when all before it has ended, and lets the next one start
+    if kernel is _loss_kernels._count_targets_kernel:
+        # It starts when all before it has ended, and lets the next one start.
         assert "griddepcontrol.launch_dependents" in ptx
         assert "griddepcontrol.wait" not in ptx
         return

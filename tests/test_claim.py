@@ -3,14 +3,8 @@
 import doctest
 import functools
 import json
-import os
-import signal
 import statistics
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +17,7 @@ from reference.claim import WAYS, operations, steps_of
 from reference.config import TrainConfig
 from reference.model import ModelConfig
 from reference.outcomes import Outcome, differences, mean_curve, read_results, table
-
-ROOT = Path(__file__).parents[1]
+from tests.processes import kill_when
 
 
 @pytest.mark.parametrize("module", [claim, outcomes])
@@ -147,16 +140,10 @@ def test_a_killed_comparison_goes_on_and_trains_nothing_twice(tmp_path, monkeypa
     killed = [*arguments, "--output", str(tmp_path / "killed")]
     results = tmp_path / "killed" / "results.json"
 
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "reference.claim", *killed]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (results.exists() and len(json.loads(results.read_text())["outcomes"]) == 2):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    def two_are_done():
+        return results.exists() and len(json.loads(results.read_text())["outcomes"]) == 2
+
+    kill_when(two_are_done, "reference.claim", *killed)
     before = read_results(results)[1]
     assert 2 <= len(before) < 10
 

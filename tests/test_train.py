@@ -2,12 +2,8 @@
 
 import csv
 import doctest
-import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +19,8 @@ from reference.config import TrainConfig, parse
 from reference.model import ModelConfig, Transformer
 from reference.optimizer import AdamWConfig, FlatAdamW
 from reference.step import StepConfig, TrainStep
+from tests.processes import environment, kill_when
 
-ROOT = Path(__file__).parents[1]
 CONFIG = ModelConfig(
     vocab_size=37, grid=(4, 4), num_classes=5, dim=24, num_layers=2, num_heads=2, token_dropout=0.0, dropout=0.0,
     class_dropout=0.0,
@@ -239,10 +235,6 @@ def arguments_of(folder, *others):
     return [*fixed, "--log-every", "5", "--output", str(folder), *others]
 
 
-def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
 def logged(folder, columns=("step", "patch", "lr", "loss", "gradient_norm", "test_nll")):
     with (folder / "log.csv").open(newline="") as file:
         return [tuple(row[column] for column in columns) for row in csv.DictReader(file)]
@@ -251,16 +243,10 @@ def logged(folder, columns=("step", "patch", "lr", "loss", "gradient_norm", "tes
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     others = ("--ema", "0.9", "--evaluate-every", "30")
     # Killed in the second stage, between two checkpoints; the other run is never stopped.
-    command = [sys.executable, "-m", "reference.train", *arguments_of(tmp_path / "killed", *others)]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not any(path.name == "step-00000024.pt" for path in checkpoints(tmp_path / "killed")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    run = ["reference.train", *arguments_of(tmp_path / "killed", *others)]
+    kill_when(lambda: any(path.name == "step-00000024.pt" for path in checkpoints(tmp_path / "killed")), *run)
     assert 24 <= load_latest(tmp_path / "killed")["step"] < 40
+    command = [sys.executable, "-m", *run]
     resumed = subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=120, text=True)
     assert "training from step" in resumed.stdout
 
