@@ -262,6 +262,18 @@ def _apple_linear(workload: Workload, **options: Any) -> Function:
     return apple_linear
 
 
+def _quack_linear(workload: Workload, chunked: bool) -> Function:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy, linear_cross_entropy_func
+
+    def quack_linear(hidden: Tensor, weight: Tensor, groups: Tensor) -> Tensor:
+        rows, targets = _expanded(hidden, groups), groups.flatten()
+        if chunked:
+            return chunked_linear_cross_entropy(rows, weight, targets)
+        return linear_cross_entropy_func(rows, weight, None, targets, inplace_backward=True)
+
+    return quack_linear
+
+
 _MEAN = "group_mean"
 _PATCH = "patch_mean"
 _LOSS = "patch_cross_entropy"
@@ -352,6 +364,22 @@ CONTENDERS = (
         "Apple CCE, unfiltered",
         partial(_apple_linear, filter_eps=None),
         package="cut_cross_entropy",
+        needs_cuda=True,
+    ),
+    Contender(
+        _LINEAR,
+        "quack_linear",
+        "QuACK, fused linear",
+        partial(_quack_linear, chunked=True),
+        package="quack",
+        needs_cuda=True,
+    ),
+    Contender(
+        _LINEAR,
+        "quack_linear_whole",
+        "QuACK, linear then loss",
+        partial(_quack_linear, chunked=False),
+        package="quack",
         needs_cuda=True,
     ),
 )

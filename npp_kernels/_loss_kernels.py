@@ -417,6 +417,7 @@ def _gradient_kernel(
     With SKIP_UNIT the gradient for an upstream of 1 is there already, and there is nothing to do if it is 1.
     """
     PRECISE: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
+    EARLY: tl.constexpr = BLOCK_SLOTS <= 16  # logits are asked for before all else, where registers are left for it
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     blocks = tl.cdiv(vocab_size, BLOCK_VOCAB)
@@ -433,6 +434,10 @@ def _gradient_kernel(
         grad_row = grad_ptr + row * grad_stride
         groups_row = groups_ptr + row * GROUP_SIZE
         slots = tl.arange(0, BLOCK_SLOTS)
+        if EARLY:
+            offsets = first + tl.arange(0, BLOCK_VOCAB)
+            mask = offsets < vocab_size
+            raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
         targets = tl.load(groups_row + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
         weights, counted, in_range = _find_weights(targets, slots, slot_scale_ptr, vocab_size, ignore_index, GROUP_SIZE)
         divisor = _find_divisor(tl.sum(weights, axis=0), totals_ptr, NORMALIZE, NUM_PARTIALS, BLOCK_PARTIALS)
@@ -449,9 +454,10 @@ def _gradient_kernel(
         # Targets of this block only; the others belong to programs of their own.
         in_block = in_range & (targets >= first) & (targets < first + BLOCK_VOCAB)
         target_logits = capped(tl.load(logits_row + targets, mask=in_block, other=0.0).to(tl.float32), softcap)
-        offsets = first + tl.arange(0, BLOCK_VOCAB)
-        mask = offsets < vocab_size
-        raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+        if not EARLY:
+            offsets = first + tl.arange(0, BLOCK_VOCAB)
+            mask = offsets < vocab_size
+            raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
         tl.debug_barrier()  # in place, a target's logit is read before its neighbours' gradients are written
         logits = capped(raw, softcap)
         # Unequal upstream gradients can cancel in the sum; a row is idle only where every weight is 0.

@@ -23,6 +23,7 @@ from torch import Tensor
 from npp_kernels._autograd import first_order_only
 from npp_kernels._checks import check_floating, check_groups, check_id_range, check_same_device, described
 from npp_kernels._dispatch import cdiv, runs_kernels
+from npp_kernels._exponentials import find_offsets, launch_exponentials, scale_rows, serves_exponentials
 from npp_kernels._loss_kernels import LossSettings, launch_gradient, launch_loss, launch_scale
 from npp_kernels.patch_cross_entropy import (
     Coefficients,
@@ -135,6 +136,23 @@ class _Problem:
             unit = torch.ones((), dtype=self.wide, device=logits.device)
             torch_gradient(logits, logits, self.groups[chunk], self.coefficients, rows[:, chunk], unit, self.settings)
 
+    def serves_exponentials(self, stats: bool) -> bool:
+        """Return whether exponentials can take the place of logits; see `_exponentials`."""
+        return not stats and self.bias is None and serves_exponentials(self.hidden, self.weight, self.settings)
+
+    def exponentials(self, chunk: slice, offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Fill the chunk's ``rows``; return the factors of the logits' gradient (`_exponentials.ScaledGradient`)."""
+        return launch_exponentials(
+            self.hidden[chunk],
+            self.weight,
+            offsets[chunk],
+            self.groups[chunk],
+            self.coefficients.slot_scale,
+            self.coefficients.totals,
+            rows[:, chunk],
+            self.settings,
+        )
+
     def overwrite_with_gradient(self, chunk: slice, logits: Tensor, rows: Tensor, upstream: Tensor) -> None:
         """Overwrite the chunk's ``logits`` by their gradient, for a known upstream."""
         chunk_upstream = upstream if upstream.ndim == 0 else upstream[chunk]
@@ -168,21 +186,33 @@ class _Gradients:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
-    def add(self, chunk: slice, dlogits: Tensor) -> None:
-        """Use up one chunk of the logits' gradient."""
+    def add(
+        self, chunk: slice, dlogits: Tensor, row_scale: Tensor | None = None, scaled_hidden: Tensor | None = None
+    ) -> None:
+        """Use up one chunk of the logits' gradient, ``dlogits``, or with a ``row_scale [N]`` their product.
+
+        Args:
+            chunk: which rows.
+            dlogits: ``[N, V]``.
+            row_scale: what the rows are still to be multiplied by.
+            scaled_hidden: the hidden states, already multiplied by it.
+        """
         problem = self.problem
+        hidden = problem.hidden[chunk] if scaled_hidden is None else scaled_hidden
         if self.hidden is not None:
-            if self.hidden.dtype == dlogits.dtype:
+            if row_scale is not None:
+                scale_rows(_product(dlogits, problem.weight, problem.wide), row_scale, self.hidden[chunk])
+            elif self.hidden.dtype == dlogits.dtype:
                 torch.mm(dlogits, problem.weight, out=self.hidden[chunk])
             else:
                 self.hidden[chunk] = dlogits @ problem.weight
         if problem.wants[1]:
             if self.weight is not None:
-                _add_product(self.weight, dlogits.t(), problem.hidden[chunk])
+                _add_product(self.weight, dlogits.t(), hidden)
             else:
                 # A single chunk is summed inside one product, which rounds once; several need fp32 between them.
                 dtype = self.weight_dtype if len(problem.chunks) == 1 else problem.wide
-                self.weight = _product(dlogits.t(), problem.hidden[chunk], dtype)
+                self.weight = _product(dlogits.t(), hidden, dtype)
         if problem.wants[2]:
             total = dlogits.sum(0, dtype=problem.wide)
             self.bias = total if self.bias is None else self.bias.add_(total)
@@ -230,12 +260,17 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
             problem = _Problem(hidden, weight, bias, groups, Coefficients(slot_scale, totals), *ctx.problem_options)
             early = any(wants) and not per_target and dtype != torch.float16
             gradients = _Gradients(problem, ctx.dtypes) if early else None
-            for chunk in problem.chunks:
-                logits = problem.logits(chunk)
-                problem.score(chunk, logits, losses, rows, stats, grad=early)
-                if gradients is not None:
-                    gradients.add(chunk, logits)
-                del logits  # before the next chunk is made
+            if gradients is not None and problem.serves_exponentials(stats):
+                offsets = find_offsets(problem.hidden, problem.weight)
+                for chunk in problem.chunks:
+                    gradients.add(chunk, *problem.exponentials(chunk, offsets, rows))
+            else:
+                for chunk in problem.chunks:
+                    logits = problem.logits(chunk)
+                    problem.score(chunk, logits, losses, rows, stats, grad=early)
+                    if gradients is not None:
+                        gradients.add(chunk, logits)
+                    del logits  # before the next chunk is made
             if gradients is not None:
                 grads = gradients.finish()
         ctx.early = early

@@ -8,6 +8,7 @@ machine's.
 import inspect
 import re
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from npp_kernels import _loss_kernels, _segments
+from npp_kernels import _exponentials, _loss_kernels, _segments
 from npp_kernels._dispatch import TRITON_OVERLAPS
 from npp_kernels.group_mean import (
     CHUNK_SIZE,
@@ -61,7 +62,7 @@ def compile_kernel(kernel, target, arguments):
         arguments["OVERLAP"] = TRITON_OVERLAPS and target in ("sm_90", "sm_100")
     options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
     types = {
-        name: value if isinstance(value, str) and re.match(r"\*|i32|i64|fp32", value) else "constexpr"
+        name: value if isinstance(value, str) and re.match(r"\*|i32|i64|fp32|tensordesc", value) else "constexpr"
         for name, value in arguments.items()
     }
     fixed = {name: value for name, value in arguments.items() if types[name] == "constexpr"}
@@ -209,6 +210,43 @@ def scale_arguments(dtype):
     }  # fmt: skip
 
 
+def exponentials_arguments(even):
+    rows, vocab, hidden = _exponentials.BLOCK_ROWS, _exponentials.BLOCK_VOCAB, _exponentials.BLOCK_HIDDEN
+    return {
+        "sums_ptr": "*fp32", "offsets_ptr": "*fp32", "hidden_desc": f"tensordesc<bf16[{rows}, {hidden}]>",
+        "weight_desc": f"tensordesc<bf16[{vocab}, {hidden}]>",
+        "exponentials_desc": f"tensordesc<bf16[{rows}, {vocab // 2}]>", "num_rows": "i32", "vocab_size": "i32",
+        "hidden_size": "i32", "BLOCK_ROWS": rows, "BLOCK_VOCAB": vocab, "BLOCK_HIDDEN": hidden,
+        "GROUP_ROWS": _exponentials.GROUP_ROWS, "EVEN": even, "num_warps": 8, "num_stages": _exponentials.STAGES,
+    }  # fmt: skip
+
+
+def offsets_arguments():
+    return {
+        "hidden_ptr": "*bf16", "weight_ptr": "*bf16", "offsets_ptr": "*fp32", "num_rows": "i32", "vocab_size": "i32",
+        "hidden_size": "i32", "SAMPLE": _exponentials.SAMPLE_SIZE, "BLOCK_ROWS": _exponentials.SAMPLE_ROWS,
+        "BLOCK_HIDDEN": _exponentials.BLOCK_HIDDEN,
+    }  # fmt: skip
+
+
+def score_arguments(group_size, hidden_size):
+    return {
+        "exponentials_ptr": "*bf16", "sums_ptr": "*fp32", "offsets_ptr": "*fp32", "hidden_ptr": "*bf16",
+        "weight_ptr": "*bf16", "groups_ptr": "*i64", "slot_scale_ptr": "*fp32", "totals_ptr": "*fp32",
+        "rows_ptr": "*fp32", "scales_ptr": "*fp32", "scaled_ptr": "*bf16", "rows_stride": "i32", "vocab_size": "i32",
+        "hidden_size": "i32", "ignore_index": "i32", "z_loss": "fp32", "NORMALIZE": "target", "NUM_SUMS": 64,
+        "BLOCK_SUMS": 64, "OVERLAP": False, **_exponentials._score_options(hidden_size, group_size),
+        **_loss_kernels._slot_options(group_size, torch.empty(2, 16)),
+    }  # fmt: skip
+
+
+def scale_rows_arguments():
+    return {
+        "products_ptr": "*fp32", "scales_ptr": "*fp32", "grad_ptr": "*bf16", "hidden_size": "i32",
+        "BLOCK_HIDDEN": 1024, "OVERLAP": False,
+    }  # fmt: skip
+
+
 CASES = {
     "group_mean K=1": (_group_mean_kernel, group_mean_arguments("bf16", 1, False)),
     "group_mean K=16": (_group_mean_kernel, group_mean_arguments("bf16", 16, False)),
@@ -238,12 +276,24 @@ CASES = {
     "gradient K=256 per target": (_loss_kernels._gradient_kernel, gradient_arguments("bf16", 256, True)),
     "scale": (_loss_kernels._scale_kernel, scale_arguments("bf16")),
 }
+HOPPER_CASES = {
+    "exponentials": (_exponentials._exponentials_kernel, exponentials_arguments(True)),
+    "exponentials uneven": (_exponentials._exponentials_kernel, exponentials_arguments(False)),
+    "offsets": (_exponentials._offsets_kernel, offsets_arguments()),
+    "score K=1": (_exponentials._score_exponentials_kernel, score_arguments(1, 768)),
+    "score K=4": (_exponentials._score_exponentials_kernel, score_arguments(4, 768)),
+    "score K=16": (_exponentials._score_exponentials_kernel, score_arguments(16, 1536)),
+    "score K=256": (_exponentials._score_exponentials_kernel, score_arguments(256, 2048)),
+    "scale_rows": (_exponentials._scale_rows_kernel, scale_rows_arguments()),
+}
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "target"), [*product(CASES, TARGETS), *((case, "sm_90") for case in HOPPER_CASES)], ids=str
+)
 def test_compiles_without_spills(case, target, tmp_path):
-    compiled = compile_kernel(*(CASES[case][0], target, CASES[case][1]))
+    kernel, arguments = (CASES | HOPPER_CASES)[case]
+    compiled = compile_kernel(kernel, target, arguments)
     assert compiled.metadata.shared <= SHARED_MEMORY[target]
     if target != "gfx942":
         registers, stack, local = resources(compiled, tmp_path)
@@ -253,10 +303,10 @@ def test_compiles_without_spills(case, target, tmp_path):
 
 
 @pytest.mark.skipif(not TRITON_OVERLAPS, reason="this Triton has no overlapping launches")
-@pytest.mark.parametrize("case", [case for case in CASES if "OVERLAP" in CASES[case][1]])
+@pytest.mark.parametrize("case", [name for name, case in (CASES | HOPPER_CASES).items() if "OVERLAP" in case[1]])
 def test_an_overlapping_kernel_waits_before_it_writes(case):
     """What was launched before may still be reading or writing until then."""
-    kernel, arguments = CASES[case]
+    kernel, arguments = (CASES | HOPPER_CASES)[case]
     ptx = compile_kernel(kernel, "sm_90", arguments).asm["ptx"]
     if kernel is _loss_kernels._count_targets_kernel:
         # It starts when all before it has ended, and lets the next one start.
@@ -308,4 +358,4 @@ def test_every_kernel_is_covered():
     defined = set()
     for path in package.glob("*.py"):
         defined |= set(re.findall(r"^def (_\w+_kernel)\(", path.read_text(), flags=re.MULTILINE))
-    assert defined == {kernel.__name__ for kernel, _ in CASES.values()}
+    assert defined == {kernel.__name__ for kernel, _ in (CASES | HOPPER_CASES).values()}

@@ -1,3 +1,6 @@
+from functools import partial
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -206,6 +209,37 @@ def test_full_size(num_rows, group_size, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize(("num_rows", "group_size"), [(4096, 16), (4097, 1)])
+def test_exponentials_in_place_of_logits(num_rows, group_size, scale, monkeypatch):
+    """Both ways to the same gradients, for small and large logits; that of exponentials has to be taken."""
+    module = import_module("npp_kernels.linear_patch_cross_entropy")
+    launch, taken = module.launch_exponentials, []
+    monkeypatch.setattr(module, "launch_exponentials", lambda *arguments: taken.append(1) or launch(*arguments))
+    hidden, weight, _ = make_inputs(num_rows, 768, 16384, "cuda", torch.bfloat16, bias=False)
+    weight = (weight.float() * scale).bfloat16()
+    groups = make_groups(16384, num_rows, group_size, "cuda")
+
+    def gradients(function, dtype, **options):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (hidden, weight)]
+        loss = function(*leaves, groups, **options)
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    chunked = partial(gradients, npp_kernels.linear_patch_cross_entropy, torch.bfloat16, chunk_rows=1500)
+    fused = chunked()
+    assert len(taken) == (num_rows + 1499) // 1500
+    plain = chunked(return_stats=True)  # statistics need logits
+    assert len(taken) == (num_rows + 1499) // 1500
+    oracle = gradients(reference.linear_patch_cross_entropy, torch.float64)
+    for what, *results, exact in zip(NAMES, fused, plain, oracle, strict=False):
+        errors = [((result.double() - exact).norm() / exact.norm()).item() for result in results]
+        print(f"{what}: {errors[0]:.2e} with exponentials, {errors[1]:.2e} with logits")
+        # bfloat16 keeps 8 bits: every element is off by 2^-9 / sqrt(3) of itself, and so is what it is a sum of.
+        assert errors[0] <= (1e-5 if what == "loss" else 2**-8)
+
+
+@pytest.mark.gpu
 def test_memory_is_bounded_by_a_chunk():
     hidden, weight, _ = make_inputs(16384, 256, 16384, "cuda", torch.bfloat16, bias=False)
     hidden.requires_grad_()
@@ -217,7 +251,8 @@ def test_memory_is_bounded_by_a_chunk():
     npp_kernels.linear_patch_cross_entropy(hidden, weight, groups, chunk_rows=1024).backward()
     extra = torch.cuda.max_memory_allocated() - before
     gradients = 2 * (hidden.numel() + weight.numel()) + 4 * weight.numel()
-    assert extra <= gradients + 2 * 1024 * 16384 + 2**20
+    vectors = 6 * 1024 * 256 + 4 * 1024 * 64  # the scaled hidden states, their gradient in fp32; sums of exponentials
+    assert extra <= gradients + 2 * 1024 * 16384 + vectors + 2**20
 
 
 @pytest.mark.gpu

@@ -1,0 +1,421 @@
+"""The output layer's products around a softmax that is never normalised in memory, for bfloat16 on Hopper.
+
+    E_pv = 2^(z_pv · log2 e − o_p)       z = hidden · weightᵀ, from the epilogue of the first product
+    S_p  = Σ_v E_pv                      lse_p = ln 2 · (o_p + log2 S_p)
+    F_pv = E_pv − Σ_{j: t_pj = v} c_pj / q_p         q_p = (Σ_j c_pj + 2 λ lse_p) / S_p
+    dz   = q F      grad_hidden = q ⊙ (F · weight)      grad_weight = Fᵀ · (q ⊙ hidden)
+
+bfloat16 has the range of fp32, so that the exponentials themselves can be stored for any offset o_p that is near the
+row's maximum, and everything that is known only once the whole row is (S, the lse, the coefficients) goes to vectors of
+one number a row. The logits are never stored, F differs from E at the targets alone, and no kernel passes over either:
+what `_loss_kernels` reads and writes again, 4 bytes for every logit, is saved. See `OFFSET_MARGIN` for the offsets.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from npp_kernels._dispatch import cdiv, launch, next_power_of_2, num_multiprocessors
+from npp_kernels._loss_kernels import (
+    LossSettings,
+    _find_divisor,
+    _find_weights,
+    _penalty_scale,
+    _slot_options,
+    _sum_equal_weights,
+)
+from npp_kernels._triton_math import divide
+
+# The offset of a row is the maximum over so many of its logits, and a margin, in powers of two. The row's true maximum
+# is no smaller than that of the sample: E is at least 2^-80 there, and E below 2^-126, 46 powers of two less, is 0 to
+# fp32 anyway. It may be 180 powers of two, 125 nats, larger; a row in which it is larger still is computed again.
+SAMPLE_SIZE = 64
+OFFSET_MARGIN = tl.constexpr(80.0)
+MAX_TOTAL = tl.constexpr(2.0**100)
+SAMPLE_ROWS = 64
+# H100, 2026-11-24: 4,096 rows, V = 16,384, D = 768 in 176 µs, D = 1536 in 294 (cuBLAS without exponentials 153, 284).
+# Tiles of 128×128 take 229 · 407, three stages or a tile stored at once 187 · 305.
+BLOCK_ROWS = 128
+BLOCK_VOCAB = 256
+BLOCK_HIDDEN = 64
+STAGES = 4
+GROUP_ROWS = 8  # blocks of rows that share a block of the weight while it is in the L2
+# With fewer rows the launches cost what is saved: 1,024 rows, K = 16, D = 768, take 181 µs, and 175 with logits.
+MIN_ROWS = 4096
+MIN_VOCAB = 4096
+SCORE_HIDDEN = 1024
+SCORE_ELEMENTS = 512  # of the weight, that one warp multiplies by its row at a time
+TARGET_UNROLL = 3
+SCORE_VOCAB = 32
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _offsets_kernel(
+    hidden_ptr,  # [num_rows, hidden_size]
+    weight_ptr,  # [vocab_size, hidden_size]
+    offsets_ptr,  # [num_rows] out
+    num_rows,
+    vocab_size,
+    hidden_size,
+    SAMPLE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    """One program finds the offsets of BLOCK_ROWS rows from SAMPLE logits, evenly spaced over the vocabulary."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    ids = tl.arange(0, SAMPLE).to(tl.int64) * vocab_size // SAMPLE
+    logits = tl.zeros([BLOCK_ROWS, SAMPLE], tl.float32)
+    for first in range(0, hidden_size, BLOCK_HIDDEN):
+        columns = first + tl.arange(0, BLOCK_HIDDEN)
+        in_row = (columns < hidden_size)[None, :]
+        hidden_mask = (rows < num_rows)[:, None] & in_row
+        hidden = tl.load(hidden_ptr + rows[:, None] * hidden_size + columns[None, :], mask=hidden_mask, other=0.0)
+        weight = tl.load(weight_ptr + ids[:, None] * hidden_size + columns[None, :], mask=in_row, other=0.0)
+        logits = tl.dot(hidden, tl.trans(weight), logits)
+    offsets = tl.ceil(tl.max(logits, axis=1) * LOG2_E) + OFFSET_MARGIN
+    tl.store(offsets_ptr + rows, offsets, mask=rows < num_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _exponentials_kernel(
+    sums_ptr,  # [num_rows, tiles of the vocabulary] out
+    offsets_ptr,  # [num_rows]
+    hidden_desc,  # [num_rows, hidden_size]
+    weight_desc,  # [vocab_size, hidden_size]
+    exponentials_desc,  # [num_rows, vocab_size] out
+    num_rows,
+    vocab_size,
+    hidden_size,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """One program computes every num_programs-th tile of the first product, and its exponentials' sums by row."""
+    row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
+    vocab_blocks = tl.cdiv(vocab_size, BLOCK_VOCAB)
+    group_tiles = GROUP_ROWS * vocab_blocks
+    for tile in tl.range(tl.program_id(0), row_blocks * vocab_blocks, tl.num_programs(0), flatten=True):
+        first_block = tile // group_tiles * GROUP_ROWS
+        group_rows = min(row_blocks - first_block, GROUP_ROWS)
+        first_row = (first_block + tile % group_tiles % group_rows) * BLOCK_ROWS
+        vocab_block = tile % group_tiles // group_rows
+        first_id = vocab_block * BLOCK_VOCAB
+        logits = tl.zeros([BLOCK_ROWS, BLOCK_VOCAB], tl.float32)
+        for first in range(0, hidden_size, BLOCK_HIDDEN):
+            hidden = hidden_desc.load([first_row, first])
+            weight = weight_desc.load([first_id, first])
+            logits = tl.dot(hidden, weight.T, logits)
+        rows = first_row + tl.arange(0, BLOCK_ROWS)
+        offsets = tl.load(offsets_ptr + rows, mask=rows < num_rows, other=0.0)
+        exponentials = tl.exp2(logits * LOG2_E - offsets[:, None])
+        if not EVEN:
+            ids = first_id + tl.arange(0, BLOCK_VOCAB)
+            exponentials = tl.where((ids < vocab_size)[None, :], exponentials, 0.0)
+        sums = sums_ptr + rows.to(tl.int64) * vocab_blocks + vocab_block
+        tl.store(sums, tl.sum(exponentials, axis=1), mask=rows < num_rows)
+        # In two halves, so that the fourth stage of the product has room in the shared memory.
+        halves = tl.permute(tl.reshape(exponentials, (BLOCK_ROWS, 2, BLOCK_VOCAB // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        exponentials_desc.store([first_row, first_id], left.to(exponentials_desc.dtype))
+        exponentials_desc.store([first_row, first_id + BLOCK_VOCAB // 2], right.to(exponentials_desc.dtype))
+
+
+@triton.jit
+def _row_logits(hidden_row, weight_ptr, ids, mask, hidden_size, BLOCK_HIDDEN: tl.constexpr, UNROLL: tl.constexpr):
+    """Return the logits of one row at some ids, 0 where masked, to the last places of fp32."""
+    total = tl.zeros([ids.shape[0], BLOCK_HIDDEN], tl.float32)
+    for first in tl.range(0, hidden_size, BLOCK_HIDDEN, loop_unroll_factor=UNROLL):
+        columns = first + tl.arange(0, BLOCK_HIDDEN)
+        in_row = columns < hidden_size
+        hidden = tl.load(hidden_row + columns, mask=in_row, other=0.0).to(tl.float32)
+        pointers = weight_ptr + ids[:, None] * hidden_size + columns[None, :]
+        weight = tl.load(pointers, mask=mask[:, None] & in_row[None, :], other=0.0)
+        total += weight.to(tl.float32) * hidden[None, :]
+    return tl.sum(total, axis=1)
+
+
+@triton.jit(do_not_specialize=["ignore_index", "rows_stride"])
+def _score_exponentials_kernel(
+    exponentials_ptr,  # [num_rows, vocab_size] in and out: E becomes F
+    sums_ptr,  # [num_rows, NUM_SUMS]
+    offsets_ptr,  # [num_rows]
+    hidden_ptr,  # [num_rows, hidden_size]
+    weight_ptr,  # [vocab_size, hidden_size]
+    groups_ptr,  # [num_rows, GROUP_SIZE]
+    slot_scale_ptr,  # [GROUP_SIZE] or None
+    totals_ptr,  # [2, NUM_PARTIALS] or None
+    rows_ptr,  # [4, num_rows] out: loss, lse
+    scales_ptr,  # [num_rows] out: q
+    scaled_ptr,  # [num_rows, hidden_size] out: q ⊙ hidden
+    rows_stride,
+    vocab_size,
+    hidden_size,
+    ignore_index,
+    z_loss,
+    NORMALIZE: tl.constexpr,
+    NUM_SUMS: tl.constexpr,
+    BLOCK_SUMS: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    TARGET_HIDDEN: tl.constexpr,
+    TARGET_UNROLL: tl.constexpr,
+    VOCAB_HIDDEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+    BLOCK_OTHERS: tl.constexpr,
+    NUM_PARTIALS: tl.constexpr,
+    BLOCK_PARTIALS: tl.constexpr,
+):
+    """One program scores one row, and finds all that its gradient needs beside the exponentials."""
+    row = tl.program_id(0).to(tl.int64)
+    exponentials_row = exponentials_ptr + row * vocab_size
+    groups_row = groups_ptr + row * GROUP_SIZE
+    hidden_row = hidden_ptr + row * hidden_size
+    slots = tl.arange(0, BLOCK_SLOTS)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    targets = tl.load(groups_row + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
+    weights, counted, in_range = _find_weights(targets, slots, slot_scale_ptr, vocab_size, ignore_index, GROUP_SIZE)
+    partials = tl.arange(0, BLOCK_SUMS)
+    sums = tl.load(sums_ptr + row * NUM_SUMS + partials, mask=partials < NUM_SUMS, other=0.0)
+    offset = tl.load(offsets_ptr + row)
+    # Exponentials are rounded, and 0 far below the maximum; a target's own logit has to be better than that.
+    target_logits = _row_logits(hidden_row, weight_ptr, targets, in_range, hidden_size, TARGET_HIDDEN, TARGET_UNROLL)
+    divisor = _find_divisor(tl.sum(weights, axis=0), totals_ptr, NORMALIZE, NUM_PARTIALS, BLOCK_PARTIALS)
+    penalty = _penalty_scale(totals_ptr, counted, z_loss, NUM_PARTIALS, BLOCK_PARTIALS)
+    coefficients = divide(weights, divisor)
+    equal_weights = _sum_equal_weights(groups_row, targets, weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS)
+
+    total = tl.sum(sums, axis=0)
+    if total > MAX_TOTAL:  # the sample was no guide to this row, or a logit is infinite; NaN stays as it is
+        maximum = tl.full([BLOCK_VOCAB], float("-inf"), tl.float32)
+        for first in range(0, vocab_size, BLOCK_VOCAB):
+            ids = first + tl.arange(0, BLOCK_VOCAB).to(tl.int64)
+            mask = ids < vocab_size
+            logits = _row_logits(hidden_row, weight_ptr, ids, mask, hidden_size, VOCAB_HIDDEN, 1)
+            maximum = tl.maximum(maximum, tl.where(mask, logits, float("-inf")))
+        offset = tl.ceil(tl.max(maximum, axis=0) * LOG2_E)
+        lane_totals = tl.zeros([BLOCK_VOCAB], tl.float32)
+        for first in range(0, vocab_size, BLOCK_VOCAB):
+            ids = first + tl.arange(0, BLOCK_VOCAB).to(tl.int64)
+            mask = ids < vocab_size
+            logits = _row_logits(hidden_row, weight_ptr, ids, mask, hidden_size, VOCAB_HIDDEN, 1)
+            exponentials = tl.where(mask, tl.exp2(logits * LOG2_E - offset), 0.0)
+            tl.store(exponentials_row + ids, exponentials.to(exponentials_ptr.dtype.element_ty), mask=mask)
+            lane_totals += exponentials
+        total = tl.sum(lane_totals, axis=0)
+        tl.debug_barrier()  # the stores above come before those at the targets, from other threads
+
+    lse = (offset + tl.log2(total)) * LN_2
+    target_losses = tl.where(counted, lse - target_logits, 0.0)
+    loss = tl.sum(tl.where(counted, coefficients * target_losses, 0.0), axis=0)
+    if z_loss is not None:
+        loss += tl.where(penalty == 0, 0.0, penalty * lse * lse)
+    tl.store(rows_ptr + row, loss)
+    tl.store(rows_ptr + rows_stride + row, lse)
+
+    softmax_weight = tl.sum(coefficients, axis=0) + 2.0 * penalty * lse
+    # F = E - c / q has no value for q = 0, to which weights of both signs may add up; 2^-20 of them is no error.
+    least = tl.sum(tl.abs(coefficients), axis=0) * 9.5367431640625e-07
+    softmax_weight = tl.where(tl.abs(softmax_weight) < least, least, softmax_weight)
+    scale = softmax_weight / total
+    tl.store(scales_ptr + row, scale)
+    target_gradients = tl.exp2(target_logits * LOG2_E - offset) - divide(equal_weights, divisor) / scale
+    idle = softmax_weight == 0
+    if idle == 0:
+        tl.store(exponentials_row + targets, target_gradients.to(exponentials_ptr.dtype.element_ty), mask=in_range)
+    for first in range(0, hidden_size, BLOCK_HIDDEN):
+        columns = first + tl.arange(0, BLOCK_HIDDEN)
+        in_row = columns < hidden_size
+        hidden = tl.load(hidden_row + columns, mask=in_row, other=0.0).to(tl.float32)
+        scaled = tl.where(idle, 0.0, hidden * scale)
+        tl.store(scaled_ptr + row * hidden_size + columns, scaled.to(scaled_ptr.dtype.element_ty), mask=in_row)
+
+
+@triton.jit
+def _scale_rows_kernel(
+    products_ptr,  # [num_rows, hidden_size]
+    scales_ptr,  # [num_rows]
+    grad_ptr,  # [num_rows, hidden_size] out
+    hidden_size,
+    BLOCK_HIDDEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One program multiplies one row by its scale."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(scales_ptr + row)
+    for first in range(0, hidden_size, BLOCK_HIDDEN):
+        columns = first + tl.arange(0, BLOCK_HIDDEN)
+        mask = columns < hidden_size
+        product = tl.load(products_ptr + row * hidden_size + columns, mask=mask, other=0.0)
+        grad = tl.where(scale == 0, 0.0, product * scale)
+        tl.store(grad_ptr + row * hidden_size + columns, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+class ScaledGradient(NamedTuple):
+    """The gradient of a chunk of logits as ``row_scale ⊙ matrix``, and what its products take for the hidden states."""
+
+    matrix: Tensor  # [N, V]
+    row_scale: Tensor  # [N], fp32
+    hidden: Tensor  # [N, D]: row_scale ⊙ hidden
+
+
+@functools.cache
+def _is_hopper(index: int) -> bool:
+    # The tiles fill its 227 KB of shared memory; what they take on later GPUs does not fit.
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(index)[0] == 9
+
+
+def serves_exponentials(hidden: Tensor, weight: Tensor, settings: LossSettings) -> bool:
+    """Return whether these products, ``hidden [N, D]`` and ``weight [V, D]``, can be computed this way.
+
+    `torch.compile` gets the other way: what it traces must not depend on a tensor's address.
+    """
+    return (
+        hidden.is_cuda
+        and not torch.compiler.is_compiling()
+        and hidden.dtype == torch.bfloat16
+        and hidden.shape[0] >= MIN_ROWS
+        and weight.shape[0] >= MIN_VOCAB
+        and settings.label_smoothing is None
+        and settings.softcap is None
+        # The tensor memory accelerator takes multiples of 16 bytes.
+        and weight.shape[0] % 8 == 0
+        and weight.shape[1] % 8 == 0
+        and all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in (hidden, weight))
+        and _is_hopper(hidden.device.index)
+    )
+
+
+def find_offsets(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return the offsets ``[N]`` of the rows of ``hidden [N, D]``."""
+    num_rows, hidden_size = hidden.shape
+    offsets = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
+    launch(
+        _offsets_kernel,
+        (cdiv(num_rows, SAMPLE_ROWS),),
+        hidden,
+        weight,
+        offsets,
+        num_rows,
+        weight.shape[0],
+        hidden_size,
+        SAMPLE=SAMPLE_SIZE,
+        BLOCK_ROWS=SAMPLE_ROWS,
+        BLOCK_HIDDEN=BLOCK_HIDDEN,
+    )
+    return offsets
+
+
+def launch_exponentials(
+    hidden: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    groups: Tensor,
+    slot_scale: Tensor | None,
+    totals: Tensor | None,
+    rows: Tensor,
+    settings: LossSettings,
+) -> ScaledGradient:
+    """Score ``hidden [N, D]`` against ``groups [N, K]``, and return the gradient of the logits.
+
+    Writes the loss and the lse into ``rows [4, N]``.
+    """
+    num_rows, hidden_size = hidden.shape
+    vocab_size = weight.shape[0]
+    exponentials = torch.empty((num_rows, vocab_size), dtype=hidden.dtype, device=hidden.device)
+    num_sums = cdiv(vocab_size, BLOCK_VOCAB)
+    sums = torch.empty((num_rows, num_sums), dtype=torch.float32, device=hidden.device)
+    tiles = cdiv(num_rows, BLOCK_ROWS) * num_sums
+    launch(
+        _exponentials_kernel,
+        (min(tiles, num_multiprocessors(hidden)),),
+        sums,
+        offsets,
+        TensorDescriptor.from_tensor(hidden, [BLOCK_ROWS, BLOCK_HIDDEN]),
+        TensorDescriptor.from_tensor(weight, [BLOCK_VOCAB, BLOCK_HIDDEN]),
+        TensorDescriptor.from_tensor(exponentials, [BLOCK_ROWS, BLOCK_VOCAB // 2]),
+        num_rows,
+        vocab_size,
+        hidden_size,
+        BLOCK_ROWS=BLOCK_ROWS,
+        BLOCK_VOCAB=BLOCK_VOCAB,
+        BLOCK_HIDDEN=BLOCK_HIDDEN,
+        GROUP_ROWS=GROUP_ROWS,
+        EVEN=vocab_size % BLOCK_VOCAB == 0,
+        num_warps=8,
+        num_stages=STAGES,
+    )
+    scales = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
+    scaled = torch.empty_like(hidden)
+    launch(
+        _score_exponentials_kernel,
+        (num_rows,),
+        exponentials,
+        sums,
+        offsets,
+        hidden,
+        weight,
+        groups,
+        slot_scale,
+        totals,
+        rows,
+        scales,
+        scaled,
+        rows.stride(0),
+        vocab_size,
+        hidden_size,
+        settings.ignore_index,
+        settings.z_loss,
+        NORMALIZE=settings.normalize,
+        NUM_SUMS=num_sums,
+        BLOCK_SUMS=next_power_of_2(num_sums),
+        early=True,
+        **_score_options(hidden_size, groups.shape[1]),
+        **_slot_options(groups.shape[1], totals),
+    )
+    return ScaledGradient(exponentials, scales, scaled)
+
+
+def _score_options(hidden_size: int, group_size: int) -> dict[str, int]:
+    """Return the tiling of a row's vectors, and of the rows of the weight that are multiplied by one row."""
+    block_hidden = min(next_power_of_2(hidden_size), SCORE_HIDDEN)
+    num_warps = min(max(group_size // 4, 1), 4)  # one warp needs no barrier, and many rows are under way then
+    elements = SCORE_ELEMENTS * num_warps
+    return {
+        "BLOCK_HIDDEN": block_hidden,
+        "TARGET_HIDDEN": min(block_hidden, max(elements // next_power_of_2(group_size), 16)),
+        "TARGET_UNROLL": TARGET_UNROLL,
+        "BLOCK_VOCAB": SCORE_VOCAB,
+        "VOCAB_HIDDEN": elements // SCORE_VOCAB,
+        "num_warps": num_warps,
+    }
+
+
+def scale_rows(products: Tensor, scales: Tensor, out: Tensor) -> None:
+    """Write ``products [N, D]`` times ``scales [N]`` into ``out``, in its dtype."""
+    num_rows, hidden_size = products.shape
+    launch(
+        _scale_rows_kernel,
+        (num_rows,),
+        products,
+        scales,
+        out,
+        hidden_size,
+        BLOCK_HIDDEN=min(next_power_of_2(hidden_size), SCORE_HIDDEN),
+        early=True,
+    )

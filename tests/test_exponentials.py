@@ -1,0 +1,113 @@
+"""The fused first product of `linear_patch_cross_entropy`, by itself: in fp32 by the interpreter, in bf16 on a GPU."""
+
+import pytest
+import torch
+
+import reference.ops as reference
+from npp_kernels import _exponentials as exponentials
+from npp_kernels._loss_kernels import LossSettings
+from npp_kernels.patch_cross_entropy import find_coefficients
+from tests.conftest import INTERPRETED
+from tests.test_patch_cross_entropy import make_groups
+
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, or the interpreter", allow_module_level=True)
+
+# The descriptors take multiples of 16 bytes; tiles are 128×256×64, so that no size here fills them.
+NUM_ROWS, HIDDEN_SIZE, VOCAB_SIZE = 37, 24, 600
+OPTIONS = [
+    {},
+    {"normalize": "row"},
+    {"normalize": "slot"},
+    {"reduction": "sum"},
+    {"z_loss": 0.01},
+    {"slot_weights": [1.0, 0.5, 0.0, -0.25]},
+    {"num_targets": 50.0},
+]
+
+
+def make_inputs(device, scale=3.0):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    hidden = torch.randn(NUM_ROWS, HIDDEN_SIZE, device=device).to(dtype)
+    weight = (torch.randn(VOCAB_SIZE, HIDDEN_SIZE, device=device) * scale / HIDDEN_SIZE**0.5).to(dtype)
+    return hidden, weight
+
+
+def run(hidden, weight, groups, normalize="target", reduction="mean", z_loss=0.0, slot_weights=None, num_targets=None):
+    """Return the loss, the lse and the gradient of the logits, put together from its factors."""
+    coefficients, divide_by = find_coefficients(
+        groups, -100, slot_weights, normalize, reduction, z_loss, num_targets, like=hidden
+    )
+    settings = LossSettings(-100, divide_by, None, z_loss or None, None)
+    rows = torch.empty(4, len(groups), device=hidden.device)
+    offsets = exponentials.find_offsets(hidden, weight)
+    gradient = exponentials.launch_exponentials(
+        hidden, weight, offsets, groups, coefficients.slot_scale, coefficients.totals, rows, settings
+    )
+    expected = (hidden.float() * gradient.row_scale[:, None]).to(hidden.dtype)
+    torch.testing.assert_close(gradient.hidden, expected, equal_nan=True)
+    return rows[0].sum(), rows[1], gradient.matrix.double() * gradient.row_scale[:, None]
+
+
+def check(hidden, weight, groups, *, allowed=1e-9, **options):
+    loss, lse, dlogits = run(hidden, weight, groups, **options)
+    logits = (hidden.double() @ weight.double().t()).requires_grad_()
+    expected, stats = reference.patch_cross_entropy(logits, groups, **options)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), stats.lse.detach(), rtol=1e-5, atol=3e-5)
+    # Each element is rounded once to the matrix's dtype; fp32 logits have an error that their exponentials inherit.
+    tolerance = torch.finfo(hidden.dtype).eps + 1e-6 * logits.abs().max().item()
+    largest = logits.grad.abs().max().item()
+    error = (dlogits - logits.grad).abs() - tolerance * logits.grad.abs()
+    assert error.max() <= 2 * tolerance * largest  # at a target, where two large numbers may cancel
+    rows = torch.arange(len(groups), device=groups.device)[:, None].expand_as(groups)
+    error[rows[groups >= 0], groups[groups >= 0]] = 0
+    assert error.max() <= allowed * largest
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(device, options):
+    check(*make_inputs(device), make_groups(VOCAB_SIZE, NUM_ROWS, 4, device), **options)
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 64])
+def test_group_sizes(device, group_size):
+    check(*make_inputs(device), make_groups(VOCAB_SIZE, NUM_ROWS, group_size, device))
+
+
+def test_a_row_that_its_sample_misjudges(device):
+    """Logits of which no sample knows are far above all others: 300 nats, where 125 fit."""
+    hidden, weight = make_inputs(device)
+    sampled = set((torch.arange(exponentials.SAMPLE_SIZE) * VOCAB_SIZE // exponentials.SAMPLE_SIZE).tolist())
+    outlier = next(index for index in range(VOCAB_SIZE) if index not in sampled)
+    weight[outlier] = hidden[5] * (300 / hidden[5].float().square().sum()).to(hidden.dtype)
+    groups = make_groups(VOCAB_SIZE, NUM_ROWS, 4, device)
+    assert (hidden.float() @ weight.float().t()).max() > 250
+    check(hidden, weight, groups)
+
+
+def test_large_and_negative_logits(device):
+    hidden, weight = make_inputs(device, scale=30.0)
+    hidden[:, 0], weight[:, 0] = 8, -40  # all logits are near -320
+    check(hidden, weight, make_groups(VOCAB_SIZE, NUM_ROWS, 4, device))
+
+
+def test_ignored_rows_and_bad_ids(device):
+    hidden, weight = make_inputs(device)
+    groups = make_groups(VOCAB_SIZE, NUM_ROWS, 4, device)
+    groups[3] = -100
+    _, _, dlogits = run(hidden, weight, groups)
+    assert dlogits[3].abs().max() == 0
+    groups[4, 1] = VOCAB_SIZE
+    loss, _, dlogits = run(hidden, weight, groups)
+    assert loss.isnan()
+    assert dlogits[4].isnan().all()
+    assert dlogits[3].abs().max() == 0
+    assert dlogits[5].isfinite().all()
+
+
+def test_weights_of_both_signs_may_cancel(device):
+    hidden, weight = make_inputs(device)
+    groups = make_groups(VOCAB_SIZE, NUM_ROWS, 2, device, ignored=0)
+    check(hidden, weight, groups, slot_weights=[1.0, -1.0], reduction="sum", allowed=2**-19)
