@@ -34,14 +34,14 @@ from npp_kernels._loss_kernels import (
 from npp_kernels._triton_math import divide
 
 # The offset of a row is the maximum over so many of its logits, and a margin, in powers of two. The row's true maximum
-# is no smaller than that of the sample: E is at least 2^-80 there, and E below 2^-126, 46 powers of two less, is 0 to
-# fp32 anyway. It may be 180 powers of two, 125 nats, larger; a row in which it is larger still is computed again.
+# is no smaller than that of the sample: E is at least 2^-80 there, and what falls below 2^-126 is 2^-46 of that. It may
+# be 180 powers of two, 125 nats, larger than the sample's; a row in which it is larger still is computed again.
 SAMPLE_SIZE = 64
 OFFSET_MARGIN = tl.constexpr(80.0)
 MAX_TOTAL = tl.constexpr(2.0**100)
 SAMPLE_ROWS = 64
 # H100, 2026-11-24: 4,096 rows, V = 16,384, D = 768 in 176 µs, D = 1536 in 294 (cuBLAS without exponentials 153, 284).
-# Tiles of 128×128 take 229 · 407, three stages or a tile stored at once 187 · 305.
+# Tiles of 128×128 take 229 and 407; three stages, and tiles stored at once, 187 and 305.
 BLOCK_ROWS = 128
 BLOCK_VOCAB = 256
 BLOCK_HIDDEN = 64
@@ -50,6 +50,7 @@ GROUP_ROWS = 8  # blocks of rows that share a block of the weight while it is in
 # With fewer rows the launches cost what is saved: 1,024 rows, K = 16, D = 768, take 181 µs, and 175 with logits.
 MIN_ROWS = 4096
 MIN_VOCAB = 4096
+MAX_VOCAB = 1 << 19  # one warp holds a row's sums
 SCORE_HIDDEN = 1024
 SCORE_ELEMENTS = 512  # of the weight, that one warp multiplies by its row at a time
 TARGET_UNROLL = 3
@@ -290,7 +291,7 @@ def serves_exponentials(hidden: Tensor, weight: Tensor, settings: LossSettings) 
         and not torch.compiler.is_compiling()
         and hidden.dtype == torch.bfloat16
         and hidden.shape[0] >= MIN_ROWS
-        and weight.shape[0] >= MIN_VOCAB
+        and MIN_VOCAB <= weight.shape[0] <= MAX_VOCAB
         and settings.label_smoothing is None
         and settings.softcap is None
         # The tensor memory accelerator takes multiples of 16 bytes.

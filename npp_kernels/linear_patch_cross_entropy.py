@@ -10,7 +10,9 @@ the upstream first (``reduction="none"``, float16), the forward keeps only the l
 again: four products.
 
 Bytes beside the products: each chunk of logits is read once and its gradient written once by the loss kernel, and the
-fp32 gradient of the weight is read and written once a chunk, so chunks should be few: see `CHUNK_ROWS`.
+fp32 gradient of the weight is read and written once a chunk, so chunks should be few: see `CHUNK_ROWS`. In bfloat16 on
+a Hopper GPU the first product leaves the softmax's exponentials, from which the other two products follow with nothing
+but vectors in between: see `_exponentials`.
 """
 
 from __future__ import annotations
@@ -367,15 +369,19 @@ def linear_patch_cross_entropy(
         RuntimeError: a double backward.
 
     Numerics:
-        Logits are rounded to the products' dtype, as `F.linear` does; softmax and sums in fp32. The gradient of
-        ``weight`` accumulates in fp32 across chunks and is rounded once to the dtype of ``weight``.
+        Logits are rounded to the products' dtype, as `F.linear` does, except in bfloat16 on a Hopper GPU, where 4,096
+        rows and more without ``bias``, ``label_smoothing``, ``softcap`` and ``return_stats`` round only the softmax's
+        numerators. Softmax and sums in fp32. The gradient of ``weight`` accumulates in fp32 across chunks and is
+        rounded once to the dtype of ``weight``.
 
     Memory:
         One chunk of logits, ``chunk_rows · V`` elements, and the gradients, which exist from the forward on; with more
-        than one chunk the gradient of ``weight`` in fp32.
+        than one chunk the gradient of ``weight`` in fp32. Where logits are not rounded, up to 6 bytes for each element
+        of a chunk of ``hidden`` besides.
 
     Source:
-        NPP (arXiv 2412.15321), section 3.3; chunked products as in Liger Kernel (arXiv 2410.10989).
+        NPP (arXiv 2412.15321), section 3.3; chunked products as in Liger Kernel (arXiv 2410.10989). That exponentials
+        with offsets can stand for logits between the products is also how QuACK computes the loss of one target.
     """
     check_floating("hidden", hidden)
     check_floating("weight", weight, ndim=2)
