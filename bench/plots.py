@@ -22,7 +22,7 @@ from bench.tables import OURS, PASSES, best, cell, contenders_of, groups_of, sta
 
 OUR_COLOUR = "#c1272d"
 # Muted, told apart in greys too, and none of them near ours.
-COLOURS = ("#1f4e79", "#4c9f70", "#8c6bb1", "#e08e0b", "#5aa9c9", "#7f7f7f", "#a0522d", "#2f4f4f")
+COLOURS = ("#1f4e79", "#4c9f70", "#8c6bb1", "#e08e0b", "#5aa9c9", "#7f7f7f", "#a0522d", "#2f4f4f", "#b5a642", "#d48fb0")
 STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
