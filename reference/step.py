@@ -33,8 +33,8 @@ class StepConfig:
     ``precision``: ``"bf16"`` keeps the model in bf16 and master weights in fp32; ``"autocast"`` keeps the model and its
     residual stream in fp32 and multiplies matrices in bf16, as the official code does; ``"fp32"``.
 
-    ``compile``: ``"model"`` compiles model and loss as a whole, ``"blocks"`` one layer, which all layers share (quicker
-    to compile, by the number of layers), ``"off"`` nothing.
+    ``compile``: ``"model"`` compiles the model as a whole (and the loss with it, where that is the official one),
+    ``"blocks"`` one layer, which all layers share (quicker to compile, by the number of layers), ``"off"`` nothing.
     """
 
     precision: str = "bf16"
@@ -103,12 +103,15 @@ class TrainStep:
             self.optimizer = FlatAdamW(
                 model, adamw, dtype=dtype, accumulate=config.accumulate > 1, compiled=compiled and device.type == "cuda"
             )
+        options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+        self._loss = model.loss
         if config.compile == "blocks":
             for layer in model.layers:
-                layer.compile(fullgraph=True, dynamic=False)
-        self._loss = (
-            torch.compile(model.loss, fullgraph=True, dynamic=False) if config.compile == "model" else model.loss
-        )
+                layer.compile(**options)
+        elif config.compile == "model" and config.official:
+            self._loss = torch.compile(model.loss, **options)
+        elif config.compile == "model":
+            model.compile(**options)  # not the loss, which is one operation, and faster outside of compiled code
 
         part = (config.accumulate, batch_size // config.accumulate)
         self.tokens = torch.zeros(*part, *model.config.grid, dtype=torch.int64, device=device)

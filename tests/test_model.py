@@ -118,6 +118,30 @@ def test_a_row_sees_only_earlier_groups(fast, patch):
     assert moved.tolist() == [row > 3 for row in range(groups.shape[1])]
 
 
+@pytest.mark.gpu
+def test_flash_attn_takes_over_where_it_is_installed(monkeypatch):
+    """By a stand-in with flash_attn's own layout, ``[B, P, heads, head_dim]``, and signature."""
+    model = small_model(dtype=torch.bfloat16).cuda()
+    tokens, labels = (tensor.cuda() for tensor in small_batch())
+    groups = group_tokens(tokens, 2)
+    monkeypatch.setattr(reference.model, "flash_attn_func", None)
+    expected = model.eval()(groups, labels, 2)
+    shapes = []
+
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+        shapes.append(q.shape)
+        scores = torch.einsum("bphd,bqhd->bhpq", q.float(), k.float()) / q.shape[-1] ** 0.5
+        earlier = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        assert causal
+        return torch.einsum("bhpq,bqhd->bphd", scores.masked_fill(~earlier, -torch.inf).softmax(-1), v.float()).to(
+            v.dtype
+        )
+
+    monkeypatch.setattr(reference.model, "flash_attn_func", flash_attn_func)
+    torch.testing.assert_close(model(groups, labels, 2), expected, rtol=0.05, atol=0.05)
+    assert shapes == [(3, 8, 2, 12)] * 2
+
+
 def test_rotary_embedding_of_the_coarse_grid():
     cosine, sine = rotary_embedding(torch.arange(8), width=4, head_dim=8)
     assert cosine.shape == sine.shape == (8, 4)
