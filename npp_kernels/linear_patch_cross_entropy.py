@@ -25,7 +25,13 @@ from torch import Tensor
 from npp_kernels._autograd import first_order_only
 from npp_kernels._checks import check_floating, check_groups, check_id_range, check_same_device, described
 from npp_kernels._dispatch import cdiv, runs_kernels
-from npp_kernels._exponentials import find_offsets, launch_exponentials, scale_rows, serves_exponentials
+from npp_kernels._exponentials import (
+    ScaledGradient,
+    find_offsets,
+    launch_exponentials,
+    scale_rows,
+    serves_exponentials,
+)
 from npp_kernels._loss_kernels import LossSettings, launch_gradient, launch_loss, launch_scale
 from npp_kernels.patch_cross_entropy import (
     Coefficients,
@@ -142,8 +148,8 @@ class _Problem:
         """Return whether exponentials can take the place of logits; see `_exponentials`."""
         return not stats and self.bias is None and serves_exponentials(self.hidden, self.weight, self.settings)
 
-    def exponentials(self, chunk: slice, offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Fill the chunk's ``rows``; return the factors of the logits' gradient (`_exponentials.ScaledGradient`)."""
+    def exponentials(self, chunk: slice, offsets: Tensor, rows: Tensor) -> ScaledGradient:
+        """Fill the chunk's ``rows``; return the factors of the logits' gradient."""
         return launch_exponentials(
             self.hidden[chunk],
             self.weight,
@@ -191,13 +197,13 @@ class _Gradients:
     def add(
         self, chunk: slice, dlogits: Tensor, row_scale: Tensor | None = None, scaled_hidden: Tensor | None = None
     ) -> None:
-        """Use up one chunk of the logits' gradient, ``dlogits``, or with a ``row_scale [N]`` their product.
+        """Use up one chunk of the logits' gradient, or its factors (see `ScaledGradient`).
 
         Args:
             chunk: which rows.
             dlogits: ``[N, V]``.
-            row_scale: what the rows are still to be multiplied by.
-            scaled_hidden: the hidden states, already multiplied by it.
+            row_scale: ``[N]``, what the rows are still to be multiplied by.
+            scaled_hidden: ``[N, D]``, the hidden states, already multiplied by it.
         """
         problem = self.problem
         hidden = problem.hidden[chunk] if scaled_hidden is None else scaled_hidden

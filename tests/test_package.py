@@ -24,6 +24,7 @@ LAYERS = [
     {"modules"},
     {"linear_patch_cross_entropy"},
     {"group_mean", "patch_mean", "patch_cross_entropy"},
+    {"_exponentials"},
     {"_loss_kernels", "_segments"},
     {"schedule"},
     {"_triton_math", "_dispatch", "_autograd", "grouping"},
