@@ -14,6 +14,9 @@ The file is written after each cell, and the same command goes on where it was s
 same device, with the same PyTorch and options, are kept. ``--again`` measures them anew, after a change of the code
 say. At the end, or at once with ``--report``, the table is printed, with the cost of the paper's schedules that follows
 from it.
+
+Compiling takes most of the time. ``--compile-ahead 8`` first runs every cell once, 8 at a time in processes of their
+own, whose results nobody reads: they leave what they compiled in the compiler's cache on disk.
 """
 
 from __future__ import annotations
@@ -24,10 +27,13 @@ import itertools
 import json
 import math
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -134,6 +140,19 @@ def conditions(options: argparse.Namespace, device: torch.device) -> dict[str, A
     }
 
 
+def command_of(cell: dict[str, Any], options: argparse.Namespace, folder: Path) -> list[str]:
+    """Return the command that runs one cell once, and keeps its results in ``folder``."""
+    one = {"models": cell["model"], "patches": cell["patch"], "images": cell["images"]}
+    one |= {
+        "formulations": cell["formulation"],
+        "steps": 1,
+        "json": folder / f"{'-'.join(map(str, cell.values()))}.json",
+    }
+    same = {name: getattr(options, name) for name in ("compile", "precision", "grid", "vocab_size")}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in (one | same).items()]
+    return [sys.executable, "-m", "reference.step_time", *words]
+
+
 class Table:
     """The cells of a file, and what of it this command has still to measure.
 
@@ -156,7 +175,7 @@ class Table:
         """Return a cell, measured now if it has to be; None where no time is left for it."""
         cell = {"model": model, "patch": patch, "images": images, "formulation": formulation}
         key = tuple(cell.values())
-        known = next((old for old in self.cells if tuple(old[name] for name in KEY) == key), None)
+        known = self._find(cell)
         if known is not None and (key in self._measured or self._is_kept(known)):
             return known
         seconds = time.monotonic() - self._started
@@ -174,10 +193,36 @@ class Table:
         write_json(self.options.json, {"cells": self.cells})
         return cell
 
+    def _find(self, cell: dict[str, Any]) -> dict[str, Any] | None:
+        return next((old for old in self.cells if all(old[name] == cell[name] for name in KEY)), None)
+
+    def _is_done(self, cell: dict[str, Any]) -> bool:
+        known = self._find(cell)
+        return known is not None and self._is_kept(known)
+
     def _is_kept(self, cell: dict[str, Any]) -> bool:
         if self.options.again or not cell.get("out_of_memory", True):
             return False
         return all(cell.get(name) == value for name, value in conditions(self.options, self.device).items())
+
+    def compile_ahead(self, processes: int) -> None:
+        """Run every cell that is still to be measured once, for the compiler's cache; what fails here fails later."""
+        with TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
+            commands = [
+                command_of(cell, self.options, Path(folder)) for cell in self._asked() if not self._is_done(cell)
+            ]
+            print(f"compiling {len(commands)} cells ahead, {processes} at a time: …", flush=True)
+            for _ in pool.map(lambda command: subprocess.run(command, capture_output=True, check=False), commands):
+                pass
+        print(f"{time.monotonic() - self._started:5.0f} s  compiled", flush=True)
+
+    def _asked(self) -> Iterator[dict[str, Any]]:
+        """Yield the cells that were asked for; the most images that may fit, where that is what was asked for."""
+        options = self.options
+        for model, asked in itertools.product(options.models, options.images):
+            images = MAX_IMAGES if asked == MAX else int(asked)
+            for patch, formulation in itertools.product(options.patches, options.formulations):
+                yield {"model": model, "patch": patch, "images": images, "formulation": formulation}
 
     def measure(self) -> None:
         """Measure every cell that was asked for, while there is time."""
@@ -261,6 +306,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=Path("runs/step_time.json"), help="file of results, added to")
     parser.add_argument("--again", action="store_true", help="measure again what the file holds already")
     parser.add_argument("--time-limit", type=float, default=math.inf, help="start no cell after so many seconds")
+    parser.add_argument(
+        "--compile-ahead", type=int, default=0, metavar="PROCESSES", help="fill the compiler's cache first, in so many"
+    )
     parser.add_argument("--report", action="store_true", help="print the table of the file; measure nothing")
     options = parser.parse_args(arguments)
     options.models, options.formulations = listed(str, options.models), listed(str, options.formulations)
@@ -279,6 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_float32_matmul_precision("high")
     table = Table(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if not options.report:
+        if options.compile_ahead > 0:
+            table.compile_ahead(options.compile_ahead)
         table.measure()
     print(report(table.cells))
     if table.stopped:

@@ -86,6 +86,26 @@ def test_what_was_measured_is_kept(tmp_path, measured):
     assert {cell["vocab_size"] for cell in cells} == {100}
 
 
+def test_cells_are_compiled_ahead_in_processes_of_their_own(tmp_path, measured, monkeypatch):
+    commands = []
+    monkeypatch.setattr(step_time.subprocess, "run", lambda command, **options: commands.append(command))
+    arguments = ["--models", "tiny", "--images", "4,max", "--patches", "2,1", "--grid", "8", "--compile", "blocks"]
+    arguments += ["--compile-ahead", "3", "--json", str(tmp_path / "times.json")]
+    assert step_time.main(arguments) == 0
+    assert all(command[1:3] == ["-m", "reference.step_time"] for command in commands)
+    children = [step_time.parse(command[3:]) for command in commands]
+    assert {(child.grid, child.compile, child.compile_ahead, child.steps) for child in children} == {
+        (8, "blocks", 0, 1)
+    }
+    asked = {(child.models[0], child.patches[0], int(child.images[0]), child.formulations[0]) for child in children}
+    assert len(commands) == len(asked) == len({child.json for child in children}) == 8
+    assert asked >= {cell for cell in measured if cell[2] == 4}
+    assert {images for _, _, images, _ in asked} == {4, 256}
+    commands.clear()
+    assert step_time.main(arguments) == 0  # what does not fit is known by now, and so is what was measured
+    assert [step_time.parse(command[3:]).patches for command in commands] == [[2], [2], [1]]
+
+
 def test_what_failed_is_tried_again(tmp_path, measured):
     arguments = ["--models", "tiny", "--images", "2", "--patches", "8,1", "--json", str(tmp_path / "times.json")]
     assert step_time.main(arguments) == 1
