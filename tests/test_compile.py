@@ -105,15 +105,61 @@ def test_cuda_graph_captures_forward_and_backward(options):
         assert torch.equal(actual, value)
 
 
+def large_step(table, head, groups):
+    """Score as many rows as exponentials take the place of logits for, where the GPU can do that."""
+    loss = npp_kernels.linear_patch_cross_entropy(npp_kernels.group_mean(table, groups), head, groups, chunk_rows=4096)
+    return loss, loss.detach()
+
+
+def make_large_inputs(device):
+    table, head = (torch.randn(4096, 64, device=device).to(torch.bfloat16) for _ in range(2))
+    return table, head, torch.randint(4096, (4100, 2), device=device)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_of_many_rows():
+    table, head, groups = make_large_inputs("cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gradients(large_step, table, head, groups)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = gradients(large_step, table, head, groups)
+    table.mul_(0.5)
+    groups.copy_(groups.flip(0))
+    graph.replay()
+    for actual, expected in zip(captured, gradients(large_step, table, head, groups), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.gpu
+def test_many_rows_under_autocast_and_compiled():
+    """From fp32 weights in autocast, and inside a compiled function, where logits are stored."""
+    table, head, groups = make_large_inputs("cuda")
+    expected = gradients(large_step, table, head, groups)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        autocast = gradients(large_step, table.float(), head.float(), groups)
+    torch._dynamo.reset()
+    compiled = gradients(torch.compile(large_step, fullgraph=True), table, head, groups)
+    for others in (autocast, compiled):
+        for actual, value in zip(others, expected, strict=True):
+            assert (actual.float() - value.float()).norm() <= 0.01 * value.float().norm()
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_no_host_synchronisation():
     table, head, groups = make_inputs("cuda")
+    many = make_large_inputs("cuda")
     gradients(step, table, head, groups)
+    gradients(large_step, *many)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for options in OPTIONS:
             gradients(step, table, head, groups, **{k: v for k, v in options.items() if k != "slot_weights"})
+        gradients(large_step, *many)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
