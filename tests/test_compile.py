@@ -145,7 +145,7 @@ def test_many_rows_under_autocast_and_compiled():
     compiled = gradients(torch.compile(large_step, fullgraph=True), table, head, groups)
     for others in (autocast, compiled):
         for actual, value in zip(others, expected, strict=True):
-            assert (actual.float() - value.float()).norm() <= 0.01 * value.float().norm()
+            assert (actual.float() - value.float()).norm() <= 0.02 * value.float().norm()
 
 
 @pytest.mark.gpu
