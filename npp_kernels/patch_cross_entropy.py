@@ -68,9 +68,9 @@ def check_options(
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing!r}")
-    if not (z_loss >= 0 and math.isfinite(z_loss)):
+    if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss!r}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number above 0 or None, got {softcap!r}")
     if slot_weights is not None:
         length = slot_weights.shape if isinstance(slot_weights, Tensor) else (len(slot_weights),)

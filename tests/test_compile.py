@@ -53,6 +53,19 @@ def test_fullgraph_on_the_cpu(options):
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_shapes_that_change_on_the_cpu(dynamic):
+    torch._dynamo.reset()
+    table, head, _ = make_inputs("cpu")
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for length in (24, 32, 40):
+        groups = npp_kernels.group_tokens(torch.randint(64, (2, length)), (4,))
+        for actual, expected in zip(
+            gradients(compiled, table, head, groups), gradients(step, table, head, groups), strict=True
+        ):
+            torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_fullgraph_on_a_gpu(options):
