@@ -32,11 +32,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from npp_kernels import PatchSchedule
 from reference.checkpoint import write_json
@@ -207,14 +209,16 @@ class Table:
 
     def compile_ahead(self, processes: int) -> None:
         """Run every cell that is still to be measured once, for the compiler's cache; what fails here fails later."""
+
+        def run(command: list[str]) -> None:
+            left = max(self.options.time_limit - (time.monotonic() - self._started), 0)
+            with suppress(subprocess.TimeoutExpired):
+                subprocess.run(command, capture_output=True, check=False, timeout=left if left < math.inf else None)
+
         with TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
-            commands = [
-                command_of(cell, self.options, Path(folder)) for cell in self._asked() if not self._is_done(cell)
-            ]
-            print(f"compiling {len(commands)} cells ahead, {processes} at a time: …", flush=True)
-            for _ in pool.map(lambda command: subprocess.run(command, capture_output=True, check=False), commands):
-                pass
-        print(f"{time.monotonic() - self._started:5.0f} s  compiled", flush=True)
+            cells = [cell for cell in self._asked() if not self._is_done(cell)]
+            commands = [command_of(cell, self.options, Path(folder)) for cell in cells]
+            list(tqdm(pool.map(run, commands), total=len(commands), desc="compiling ahead", unit="cell"))
 
     def _asked(self) -> Iterator[dict[str, Any]]:
         """Yield the cells that were asked for; the most images that may fit, where that is what was asked for."""
