@@ -41,8 +41,13 @@ def num_multiprocessors(tensor: Tensor) -> int:
 
 
 @functools.cache
-def _supports_dependent_launch(index: int) -> bool:
-    return TRITON_OVERLAPS and torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (9, 0)
+def _cuda_capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index) if torch.version.cuda is not None else (0, 0)  # ROCm has its own
+
+
+def is_hopper(tensor: Tensor) -> bool:
+    """Return whether the tensor is on an NVIDIA GPU of compute capability 9."""
+    return tensor.is_cuda and _cuda_capability(tensor.device.index)[0] == 9
 
 
 def can_overlap(tensor: Tensor) -> bool:
@@ -51,7 +56,9 @@ def can_overlap(tensor: Tensor) -> bool:
     It saves the 1 to 3 µs that a launch takes. A kernel that is launched so must wait (`gdc_wait`) before it touches
     what those before it read or write. `torch.compile` orders kernels itself.
     """
-    return tensor.is_cuda and not torch.compiler.is_compiling() and _supports_dependent_launch(tensor.device.index)
+    if not tensor.is_cuda or torch.compiler.is_compiling():
+        return False
+    return TRITON_OVERLAPS and _cuda_capability(tensor.device.index) >= (9, 0)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, early: bool | None = None, **options: Any) -> None:

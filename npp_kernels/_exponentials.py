@@ -13,7 +13,6 @@ what `_loss_kernels` reads and writes again, 4 bytes for every logit, is saved. 
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from npp_kernels._dispatch import cdiv, launch, next_power_of_2, num_multiprocessors
+from npp_kernels._dispatch import cdiv, is_hopper, launch, next_power_of_2, num_multiprocessors
 from npp_kernels._loss_kernels import (
     LossSettings,
     _find_divisor,
@@ -31,7 +30,7 @@ from npp_kernels._loss_kernels import (
     _slot_options,
     _sum_equal_weights,
 )
-from npp_kernels._triton_math import divide
+from npp_kernels._triton_math import LN_2, LOG2_E, divide
 
 # The offset of a row is the maximum over so many of its logits, and a margin, in powers of two. The row's true maximum
 # is no smaller than that of the sample: E is at least 2^-80 there, and what falls below 2^-126 is 2^-46 of that. It may
@@ -55,8 +54,6 @@ SCORE_HIDDEN = 1024
 SCORE_ELEMENTS = 512  # of the weight, that one warp multiplies by its row at a time
 TARGET_UNROLL = 3
 SCORE_VOCAB = 32
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -275,20 +272,14 @@ class ScaledGradient(NamedTuple):
     hidden: Tensor  # [N, D]: row_scale ⊙ hidden
 
 
-@functools.cache
-def _is_hopper(index: int) -> bool:
-    # The tiles fill its 227 KB of shared memory; what they take on later GPUs does not fit.
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(index)[0] == 9
-
-
 def serves_exponentials(hidden: Tensor, weight: Tensor, settings: LossSettings) -> bool:
     """Return whether these products, ``hidden [N, D]`` and ``weight [V, D]``, can be computed this way.
 
     `torch.compile` gets the other way: what it traces must not depend on a tensor's address.
     """
     return (
-        hidden.is_cuda
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and is_hopper(hidden)  # the tiles fill its 227 KB of shared memory; what they take on later GPUs does not fit
         and hidden.dtype == torch.bfloat16
         and hidden.shape[0] >= MIN_ROWS
         and MIN_VOCAB <= weight.shape[0] <= MAX_VOCAB
@@ -298,7 +289,6 @@ def serves_exponentials(hidden: Tensor, weight: Tensor, settings: LossSettings) 
         and weight.shape[0] % 8 == 0
         and weight.shape[1] % 8 == 0
         and all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in (hidden, weight))
-        and _is_hopper(hidden.device.index)
     )
 
 

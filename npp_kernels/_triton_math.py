@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.44269504088896340736)
+LN_2 = tl.constexpr(0.69314718055994530942)
+
 
 @triton.jit
 def exp(x, PRECISE: tl.constexpr):
@@ -13,10 +16,10 @@ def exp(x, PRECISE: tl.constexpr):
     """
     if PRECISE:
         x = tl.where(x < -200.0, -200.0, x)  # -inf must give 0, not inf - inf; NaN stays NaN
-        whole = tl.floor(x * 1.44269504088896340736 + 0.5)
+        whole = tl.floor(x * LOG2_E + 0.5)
         rest = (x - whole * 0.693359375) - whole * -2.12194440054690583e-4
-        return tl.exp2(rest * 1.44269504088896340736) * tl.exp2(whole)
-    return tl.exp2(x * 1.44269504088896340736)
+        return tl.exp2(rest * LOG2_E) * tl.exp2(whole)
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit

@@ -142,6 +142,11 @@ def conditions(options: argparse.Namespace, device: torch.device) -> dict[str, A
     }
 
 
+def key_of(cell: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what tells a cell from all others."""
+    return tuple(cell[name] for name in KEY)
+
+
 def command_of(cell: dict[str, Any], options: argparse.Namespace, folder: Path) -> list[str]:
     """Return the command that runs one cell once, and keeps its results in ``folder``."""
     one = {"models": cell["model"], "patches": cell["patch"], "images": cell["images"]}
@@ -176,9 +181,8 @@ class Table:
     def get(self, model: str, images: int, patch: int, formulation: str) -> dict[str, Any] | None:
         """Return a cell, measured now if it has to be; None where no time is left for it."""
         cell = {"model": model, "patch": patch, "images": images, "formulation": formulation}
-        key = tuple(cell.values())
         known = self._find(cell)
-        if known is not None and (key in self._measured or self._is_kept(known)):
+        if self._is_kept(known):
             return known
         seconds = time.monotonic() - self._started
         if seconds > self.options.time_limit:
@@ -191,21 +195,21 @@ class Table:
         outcome = cell.get("error") or f"{cell['median_ms']:.2f} ms, {cell['setup_seconds']:.0f} s of set-up"
         print(f"{time.monotonic() - self._started:5.0f} s  {name}: {outcome}", flush=True)
         self.cells = [old for old in self.cells if old is not known] + [cell]
-        self._measured.add(key)
+        self._measured.add(key_of(cell))
         write_json(self.options.json, {"cells": self.cells})
         return cell
 
     def _find(self, cell: dict[str, Any]) -> dict[str, Any] | None:
-        return next((old for old in self.cells if all(old[name] == cell[name] for name in KEY)), None)
+        return next((old for old in self.cells if key_of(old) == key_of(cell)), None)
 
-    def _is_done(self, cell: dict[str, Any]) -> bool:
-        known = self._find(cell)
-        return known is not None and self._is_kept(known)
-
-    def _is_kept(self, cell: dict[str, Any]) -> bool:
-        if self.options.again or not cell.get("out_of_memory", True):
+    def _is_kept(self, known: dict[str, Any] | None) -> bool:
+        if known is None:
             return False
-        return all(cell.get(name) == value for name, value in conditions(self.options, self.device).items())
+        if key_of(known) in self._measured:
+            return True
+        if self.options.again or not known.get("out_of_memory", True):
+            return False
+        return all(known.get(name) == value for name, value in conditions(self.options, self.device).items())
 
     def compile_ahead(self, processes: int) -> None:
         """Run every cell that is still to be measured once, for the compiler's cache; what fails here fails later."""
@@ -216,7 +220,7 @@ class Table:
                 subprocess.run(command, capture_output=True, check=False, timeout=left if left < math.inf else None)
 
         with TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
-            cells = [cell for cell in self._asked() if not self._is_done(cell)]
+            cells = [cell for cell in self._asked() if not self._is_kept(self._find(cell))]
             commands = [command_of(cell, self.options, Path(folder)) for cell in cells]
             list(tqdm(pool.map(run, commands), total=len(commands), desc="compiling ahead", unit="cell"))
 
@@ -273,7 +277,7 @@ def report(cells: list[dict[str, Any]]) -> str:
         lines.append(f"{name} {cell['median_ms']:.2f} | {speed} | {peak} | {cell['device']} |")
     lines += ["", "| model | images | levels | of our plain training | of the official plain training |"]
     lines.append("|---|---|---|---|---|")
-    times = {tuple(cell[name] for name in KEY): cell["median_ms"] for cell in cells if "error" not in cell}
+    times = {key_of(cell): cell["median_ms"] for cell in cells if "error" not in cell}
     for model, images in dict.fromkeys((cell["model"], cell["images"]) for cell in cells):
         for levels in (2, 3, 4):
             stages = PatchSchedule.coarse_to_fine(levels, 2**levels).stages

@@ -286,13 +286,14 @@ HOPPER_CASES = {
     "score K=256": (_exponentials._score_exponentials_kernel, score_arguments(256, 2048)),
     "scale_rows": (_exponentials._scale_rows_kernel, scale_rows_arguments()),
 }
+ALL_CASES = CASES | HOPPER_CASES
 
 
 @pytest.mark.parametrize(
     ("case", "target"), [*product(CASES, TARGETS), *((case, "sm_90") for case in HOPPER_CASES)], ids=str
 )
 def test_compiles_without_spills(case, target, tmp_path):
-    kernel, arguments = (CASES | HOPPER_CASES)[case]
+    kernel, arguments = ALL_CASES[case]
     compiled = compile_kernel(kernel, target, arguments)
     assert compiled.metadata.shared <= SHARED_MEMORY[target]
     if target != "gfx942":
@@ -303,10 +304,10 @@ def test_compiles_without_spills(case, target, tmp_path):
 
 
 @pytest.mark.skipif(not TRITON_OVERLAPS, reason="this Triton has no overlapping launches")
-@pytest.mark.parametrize("case", [name for name, case in (CASES | HOPPER_CASES).items() if "OVERLAP" in case[1]])
+@pytest.mark.parametrize("case", [name for name, case in ALL_CASES.items() if "OVERLAP" in case[1]])
 def test_an_overlapping_kernel_waits_before_it_writes(case):
     """What was launched before may still be reading or writing until then."""
-    kernel, arguments = (CASES | HOPPER_CASES)[case]
+    kernel, arguments = ALL_CASES[case]
     ptx = compile_kernel(kernel, "sm_90", arguments).asm["ptx"]
     if kernel is _loss_kernels._count_targets_kernel:
         # It starts when all before it has ended, and lets the next one start.
@@ -358,4 +359,4 @@ def test_every_kernel_is_covered():
     defined = set()
     for path in package.glob("*.py"):
         defined |= set(re.findall(r"^def (_\w+_kernel)\(", path.read_text(), flags=re.MULTILINE))
-    assert defined == {kernel.__name__ for kernel, _ in (CASES | HOPPER_CASES).values()}
+    assert defined == {kernel.__name__ for kernel, _ in ALL_CASES.values()}

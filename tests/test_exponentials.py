@@ -8,6 +8,7 @@ from npp_kernels import _exponentials as exponentials
 from npp_kernels._loss_kernels import LossSettings
 from npp_kernels.patch_cross_entropy import find_coefficients
 from tests.conftest import INTERPRETED
+from tests.test_linear_patch_cross_entropy import make_inputs as linear_inputs
 from tests.test_patch_cross_entropy import make_groups
 
 if not INTERPRETED and not torch.cuda.is_available():
@@ -26,11 +27,9 @@ OPTIONS = [
 ]
 
 
-def make_inputs(device, scale=3.0):
+def make_inputs(device):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    hidden = torch.randn(NUM_ROWS, HIDDEN_SIZE, device=device).to(dtype)
-    weight = (torch.randn(VOCAB_SIZE, HIDDEN_SIZE, device=device) * scale / HIDDEN_SIZE**0.5).to(dtype)
-    return hidden, weight
+    return linear_inputs(NUM_ROWS, HIDDEN_SIZE, VOCAB_SIZE, device, dtype, bias=False)[:2]
 
 
 def run(hidden, weight, groups, normalize="target", reduction="mean", z_loss=0.0, slot_weights=None, num_targets=None):
@@ -88,7 +87,8 @@ def test_a_row_that_its_sample_misjudges(device):
 
 
 def test_large_and_negative_logits(device):
-    hidden, weight = make_inputs(device, scale=30.0)
+    hidden, weight = make_inputs(device)
+    weight *= 10
     hidden[:, 0], weight[:, 0] = 8, -40  # all logits are near -320
     check(hidden, weight, make_groups(VOCAB_SIZE, NUM_ROWS, 4, device))
 
