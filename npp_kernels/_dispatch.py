@@ -41,8 +41,13 @@ def num_multiprocessors(tensor: Tensor) -> int:
 
 
 @functools.cache
-def _cuda_capability(index: int) -> tuple[int, int]:
+def _read_capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index) if torch.version.cuda is not None else (0, 0)  # ROCm has its own
+
+
+@torch.compiler.assume_constant_result  # compiled code keeps it, and does not look into the cache
+def _cuda_capability(index: int) -> tuple[int, int]:
+    return _read_capability(index)
 
 
 def is_hopper(tensor: Tensor) -> bool:

@@ -18,6 +18,7 @@ but vectors in between: see `_exponentials`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -252,35 +253,91 @@ def _scaled(grad: Tensor | None, upstream: Tensor) -> Tensor | None:
     return grad * upstream
 
 
+def _loss_and_gradients(
+    arguments: tuple[Any, ...], losses: Tensor | None, rows: Tensor, stats: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Fill ``losses`` and ``rows``, and return the gradients; the arguments are those of `_Problem`."""
+    hidden, weight, bias, *_, wants = arguments
+    with torch.autocast(hidden.device.type, enabled=False):
+        problem = _Problem(*arguments)
+        dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
+        gradients = _Gradients(problem, dtypes) if any(wants) else None
+        if gradients is not None and problem.serves_exponentials(stats):
+            offsets = find_offsets(problem.hidden, problem.weight)
+            for chunk in problem.chunks:
+                gradients.add(chunk, *problem.exponentials(chunk, offsets, rows))
+        else:
+            for chunk in problem.chunks:
+                logits = problem.logits(chunk)
+                problem.score(chunk, logits, losses, rows, stats, grad=gradients is not None)
+                if gradients is not None:
+                    gradients.add(chunk, logits)
+                del logits  # before the next chunk is made
+        return (None, None, None) if gradients is None else gradients.finish()
+
+
+@torch.library.custom_op("npp_kernels::linear_loss_and_gradients", mutates_args=())
+def _opaque_loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: Tensor,
+    slot_scale: Tensor | None,
+    totals: Tensor | None,
+    ignore_index: int,
+    normalize: str,
+    label_smoothing: float | None,
+    z_loss: float | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+    chunk_rows: int | None,
+    wants: list[bool],
+    stats: bool,
+) -> list[Tensor]:
+    """Return ``rows`` and the wanted gradients: `_loss_and_gradients` as `torch.compile` sees it, without looking in.
+
+    Traced, its kernels would neither overlap nor take exponentials in place of logits: both want to see the tensors.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    rows = torch.empty((4, groups.shape[0]), dtype=wide, device=hidden.device)
+    coefficients = Coefficients(slot_scale, totals)
+    settings = LossSettings(ignore_index, normalize, label_smoothing, z_loss, softcap)
+    arguments = (hidden, weight, bias, groups, coefficients, settings, dtype, chunk_rows, wants)
+    grads = _loss_and_gradients(arguments, None, rows, stats)
+    return [rows, *(grad for grad in grads if grad is not None)]
+
+
+@_opaque_loss_and_gradients.register_fake
+def _(hidden, weight, bias, groups, *options):
+    dtype, _, wants, _ = options[-4:]
+    rows = hidden.new_empty((4, groups.shape[0]), dtype=torch.promote_types(dtype, torch.float32))
+    wanted = [tensor for tensor, want in zip((hidden, weight, bias), wants, strict=True) if want]
+    return [rows, *(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in wanted)]
+
+
 class _LinearPatchCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, hidden, weight, bias, groups, slot_scale, totals, settings, dtype, chunk_rows, per_target, wants, stats
     ):
         wide = torch.promote_types(dtype, torch.float32)
-        rows = torch.empty((4, groups.shape[0]), dtype=wide, device=hidden.device)
         losses = torch.empty(groups.shape, dtype=wide, device=hidden.device) if per_target else None
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         ctx.problem_options = (settings, dtype, chunk_rows, wants)
         ctx.ran = False
-        grads: tuple[Tensor | None, ...] = (None, None, None)
-        with torch.autocast(hidden.device.type, enabled=False):
-            problem = _Problem(hidden, weight, bias, groups, Coefficients(slot_scale, totals), *ctx.problem_options)
-            early = any(wants) and not per_target and dtype != torch.float16
-            gradients = _Gradients(problem, ctx.dtypes) if early else None
-            if gradients is not None and problem.serves_exponentials(stats):
-                offsets = find_offsets(problem.hidden, problem.weight)
-                for chunk in problem.chunks:
-                    gradients.add(chunk, *problem.exponentials(chunk, offsets, rows))
-            else:
-                for chunk in problem.chunks:
-                    logits = problem.logits(chunk)
-                    problem.score(chunk, logits, losses, rows, stats, grad=early)
-                    if gradients is not None:
-                        gradients.add(chunk, logits)
-                    del logits  # before the next chunk is made
-            if gradients is not None:
-                grads = gradients.finish()
+        early = any(wants) and not per_target and dtype != torch.float16
+        wanted = wants if early else (False, False, False)
+        if torch.compiler.is_compiling() and early:
+            found = _opaque_loss_and_gradients(
+                hidden, weight, bias, groups, slot_scale, totals, *settings, dtype, chunk_rows, list(wanted), stats
+            )
+            rows = found[0]
+            grads = tuple(found[sum(wanted[: i + 1])] if want else None for i, want in enumerate(wanted))
+        else:
+            rows = torch.empty((4, groups.shape[0]), dtype=wide, device=hidden.device)
+            coefficients = Coefficients(slot_scale, totals)
+            arguments = (hidden, weight, bias, groups, coefficients, settings, dtype, chunk_rows, wanted)
+            grads = _loss_and_gradients(arguments, losses, rows, stats)
         ctx.early = early
         ctx.save_for_backward(hidden, weight, bias, groups, slot_scale, totals, rows, *grads)
         ctx.mark_non_differentiable(rows)

@@ -53,6 +53,19 @@ def test_fullgraph_on_the_cpu(options):
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("wants", [(True, True, True), (False, True, False), (True, False, True)])
+def test_the_operator_in_compiled_code_is_what_it_says(wants, device):
+    """One operator stands for the loss's forward and its gradients: pure, and of the shapes that it promises."""
+    hidden, weight = (torch.randn(rows, 32, device=device) for rows in (20, 64))
+    bias, groups = torch.randn(64, device=device), torch.randint(64, (20, 3), device=device)
+    totals = torch.ones(2, 4, device=device)
+    settings = (-100, "target", 0.1, 0.01, 5.0)
+    arguments = (hidden, weight, bias, groups, None, totals, *settings, torch.float32, 6, list(wants), True)
+    operator = torch.ops.npp_kernels.linear_loss_and_gradients
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    assert len(operator(*arguments)) == 1 + sum(wants)
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_shapes_that_change_on_the_cpu(dynamic):
     def losses(table, head, groups):
@@ -155,7 +168,7 @@ def test_cuda_graph_of_many_rows():
 
 @pytest.mark.gpu
 def test_many_rows_under_autocast_and_compiled():
-    """From fp32 weights in autocast, and inside a compiled function, where logits are stored."""
+    """From fp32 weights in autocast, and inside a compiled function."""
     table, head, groups = make_large_inputs("cuda")
     expected = gradients(large_step, table, head, groups)
     with torch.autocast("cuda", dtype=torch.bfloat16):
