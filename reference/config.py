@@ -47,7 +47,7 @@ class TrainConfig:
     guidance: float = option(2.0, "scale of classifier-free guidance, for sampling from the checkpoint")
     ema: float = option(0.0, "decay of the moving average of the weights; 0 for none")
     precision: str = option("auto", "auto is bf16 on a GPU and fp32 elsewhere", ("auto", "bf16", "autocast", "fp32"))
-    compile: str = option("auto", "auto is model on a GPU and off elsewhere", ("auto", "model", "blocks", "off"))
+    compile: str = option("auto", "auto is on on a GPU and off elsewhere", ("auto", "on", "off"))
     graph: bool = option(True, "one CUDA graph for each stage; off under torchrun")
     official: bool = option(False, "the official code's formulation and optimizer, for comparison")
     seed: int = option(0, "of weights, data order, augmentation and dropout")
@@ -78,7 +78,7 @@ class TrainConfig:
         automatic_precision = "fp32" if not on_gpu else "autocast" if self.official else "bf16"
         return StepConfig(
             precision=automatic_precision if self.precision == "auto" else self.precision,
-            compile=("model" if on_gpu else "off") if self.compile == "auto" else self.compile,
+            compile=on_gpu if self.compile == "auto" else self.compile == "on",
             # Capturing NCCL's work ties the graph to one communicator's life; nothing here needs that risk.
             graph=self.graph and on_gpu and processes == 1,
             accumulate=self.accumulate,

@@ -4,8 +4,8 @@ The architecture, its parameters and the names of its state dict are those of th
 2-D rotary embedding, a condition token in front, an untied output layer that starts at zero). A patch changes only what
 enters and what is scored: groups of K tokens, averaged on the way in, and all K scored by one row on the way out.
 
-``Transformer.fast`` is the one switch between the operations of npp_kernels and the official code's formulation, which
-unfolds embeddings and repeats fp32 logits; both compute the same numbers.
+``Transformer.fast`` is the one switch between fused operations, npp_kernels' and the attention beside this file, and
+the official code's formulation, which unfolds embeddings and repeats fp32 logits; both compute the same numbers.
 
 Source: LlamaGen (arXiv 2406.06525), ``autoregressive/models/gpt.py``; NPP (arXiv 2412.15321), section 3.
 """
@@ -13,6 +13,7 @@ Source: LlamaGen (arXiv 2406.06525), ``autoregressive/models/gpt.py``; NPP (arXi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -22,13 +23,8 @@ from torch import Tensor, nn
 
 from npp_kernels import group_mean, linear_patch_cross_entropy, ungroup_tokens
 from npp_kernels.grouping import Patch, resolve_grid, resolve_patch
+from reference.attention import Rotary, attend, rotary_embedding, rotate
 
-try:
-    from flash_attn import flash_attn_func
-except ImportError:
-    flash_attn_func = None
-
-ROTARY_BASE = 10_000.0
 NORM_EPS = 1e-5
 INITIAL_STD = 0.02
 FEED_FORWARD_MULTIPLE = 256
@@ -115,45 +111,36 @@ class CachedLayer(NamedTuple):
     visible: Tensor  # [1, H·W] bool
 
 
-def rotary_embedding(positions: Tensor, width: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines, fp32 ``[P, head_dim / 2]``: half of the pairs turn with the row, half with the column.
-
-    Position 0, the condition, has neither: LlamaGen zeroes its query and key, so that every token attends to it with a
-    score of 0 and it attends to itself alone.
-    """
-    half = head_dim // 2
-    exponents = torch.arange(0, half, 2, device=positions.device, dtype=torch.float32) / half
-    frequencies = 1.0 / ROTARY_BASE**exponents
-    cell = positions - 1
-    row, column = torch.div(cell, width, rounding_mode="floor"), cell % width
-    angles = torch.cat((torch.outer(row.float(), frequencies), torch.outer(column.float(), frequencies)), dim=-1)
-    is_token = (positions > 0).unsqueeze(-1)
-    return angles.cos() * is_token, angles.sin() * is_token
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn adjacent pairs of channels, in fp32: ``x [B, P, ..., head_dim]``."""
-    real, imaginary = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
-    shape = (x.shape[1], *(1,) * (x.ndim - 3), x.shape[-1] // 2)
-    cosine, sine = rotary[0].view(shape), rotary[1].view(shape)
-    turned = torch.stack((real * cosine - imaginary * sine, imaginary * cosine + real * sine), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend to this and earlier positions; all are ``[B, P, num_heads, head_dim]``."""
-    if flash_attn_func is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return flash_attn_func(query, key, value, causal=True)
-    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
-
-
-def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
+def drop_path(branch: Tensor, rate: Tensor | None, training: bool) -> Tensor:
     """Drop a whole branch for some images, and scale it up for the others."""
-    if rate == 0 or not training:
+    if rate is None or not training:
         return branch
     kept = torch.rand(len(branch), 1, 1, device=branch.device) >= rate
     return branch * kept.to(branch.dtype) / (1 - rate)
+
+
+def dropout(x: Tensor, rate: float, training: bool, seed: Tensor | None) -> Tensor:
+    """Set elements to 0 at a rate, and scale up the others.
+
+    In compiled code with a seed, an int32 tensor of one element, an element's fate is a hash of its place: a dozen
+    integer operations in the kernel that adds it to the residual stream, done again in the backward. PyTorch's Philox
+    takes ten rounds of multiplications for each element, longer than the element's bytes take, and keeps a mask.
+    """
+    if not training or rate == 0:
+        return x
+    if seed is None or not torch.compiler.is_compiling():
+        return F.dropout(x, rate)
+    return torch.where(hashed(x.shape, seed) >= rate, x * (1 / (1 - rate)), 0.0)
+
+
+def hashed(shape: torch.Size, seed: Tensor) -> Tensor:
+    """Return numbers spread evenly over [0, 1), fp32, each from its place and a seed by two rounds of mixing."""
+    words = torch.arange(math.prod(shape), dtype=torch.int32, device=seed.device).view(shape)
+    for multiplier, shift in ((0x7FEB352D, 15), (0x2C1B3C6D, 12)):
+        words = (words ^ (words >> 16 & 0xFFFF)) * multiplier  # int32 wraps; the mask makes the shift a logical one
+        words = words ^ (words >> shift & ((1 << (32 - shift)) - 1)) ^ seed
+    words = (words ^ (words >> 16 & 0xFFFF)) * 0x297A2D39
+    return (words >> 8 & 0xFFFFFF).float() * 2**-24
 
 
 class LabelEmbedding(nn.Module):
@@ -176,27 +163,28 @@ class LabelEmbedding(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with a rotary embedding."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, fast: bool) -> None:
         super().__init__()
+        self.fast = fast
         self.heads = (3, config.num_heads, config.head_dim)
         self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cached: CachedLayer | None = None) -> Tensor:
-        """Mix positions ``x [B, P, D]``; with a cache, P is 1."""
+    def forward(
+        self, x: Tensor, rotary: Rotary, cached: CachedLayer | None = None, seed: Tensor | None = None
+    ) -> Tensor:
+        """Mix positions ``x [B, P, D]``; with a cache, P is 1. The seed is that of `dropout`."""
         qkv = self.wqkv(x).unflatten(-1, self.heads)
-        query, key = rotate(qkv[:, :, :2], rotary).unbind(2)
-        value = qkv[:, :, 2]
-        if cached is None:
-            mixed = causal_attention(query, key, value)
-        else:
-            cached.keys.index_copy_(2, cached.position, key.transpose(1, 2).to(cached.keys.dtype))
-            cached.values.index_copy_(2, cached.position, value.transpose(1, 2).to(cached.values.dtype))
-            mixed = F.scaled_dot_product_attention(
-                query.transpose(1, 2).to(cached.keys.dtype), cached.keys, cached.values, attn_mask=cached.visible
-            ).transpose(1, 2)
-        return self.dropout(self.wo(mixed.flatten(2).to(qkv.dtype)))
+        mixed = attend(qkv, rotary, fast=self.fast) if cached is None else self._attend_to_cache(qkv, rotary, cached)
+        return dropout(self.wo(mixed.flatten(2).to(qkv.dtype)), self.dropout, self.training, seed)
+
+    def _attend_to_cache(self, qkv: Tensor, rotary: Rotary, cached: CachedLayer) -> Tensor:
+        query, key = rotate(qkv[:, :, :2], rotary).to(cached.keys.dtype).transpose(1, 3).unbind(2)
+        cached.keys.index_copy_(2, cached.position, key)
+        cached.values.index_copy_(2, cached.position, qkv[:, :, 2].transpose(1, 2).to(cached.values.dtype))
+        mixed = F.scaled_dot_product_attention(query, cached.keys, cached.values, attn_mask=cached.visible)
+        return mixed.transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -207,29 +195,37 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(config.dim, config.feed_forward_dim, bias=False)
         self.w3 = nn.Linear(config.dim, config.feed_forward_dim, bias=False)
         self.w2 = nn.Linear(config.feed_forward_dim, config.dim, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform each position of ``x [B, P, D]``."""
-        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+    def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
+        """Transform each position of ``x [B, P, D]``. The seed is that of `dropout`."""
+        return dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training, seed)
 
 
 class Block(nn.Module):
     """One transformer layer: attention and feed-forward, each normalised first and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, drop_path_rate: float) -> None:
+    drop_path_rate: Tensor | None
+
+    def __init__(self, config: ModelConfig, drop_path_rate: float, fast: bool) -> None:
         super().__init__()
-        self.attention = Attention(config)
+        self.attention = Attention(config, fast)
         self.feed_forward = FeedForward(config)
         self.attention_norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
-        self.drop_path_rate = drop_path_rate
+        # A tensor, since compiled code is one for all layers, whose rates differ.
+        rate = torch.tensor(drop_path_rate) if config.drop_path else None
+        self.register_buffer("drop_path_rate", rate, persistent=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cached: CachedLayer | None = None) -> Tensor:
-        """Add both branches to the residual stream ``x [B, P, D]``."""
-        attended = self.attention(self.attention_norm(x), rotary, cached)
+    def forward(
+        self, x: Tensor, rotary: Rotary, cached: CachedLayer | None = None, seeds: Tensor | None = None
+    ) -> Tensor:
+        """Add both branches to the residual stream ``x [B, P, D]``; the seeds, two, are those of `dropout`."""
+        seed, other_seed = (None, None) if seeds is None else (seeds[0], seeds[1])
+        attended = self.attention(self.attention_norm(x), rotary, cached, seed)
         x = x + drop_path(attended, self.drop_path_rate, self.training)
-        return x + drop_path(self.feed_forward(self.ffn_norm(x)), self.drop_path_rate, self.training)
+        transformed = self.feed_forward(self.ffn_norm(x), other_seed)
+        return x + drop_path(transformed, self.drop_path_rate, self.training)
 
 
 class Transformer(nn.Module):
@@ -246,7 +242,7 @@ class Transformer(nn.Module):
 
     Args:
         config: dimensions and dropout rates.
-        fast: the operations of npp_kernels; or, if false, the formulation of the official code.
+        fast: fused operations; or, if false, the formulation of the official code.
     """
 
     def __init__(self, config: ModelConfig, *, fast: bool = True) -> None:
@@ -257,7 +253,8 @@ class Transformer(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.tok_dropout = nn.Dropout(config.token_dropout)
         last = max(config.num_layers - 1, 1)
-        self.layers = nn.ModuleList(Block(config, config.drop_path * i / last) for i in range(config.num_layers))
+        rates = [config.drop_path * layer / last for layer in range(config.num_layers)]
+        self.layers = nn.ModuleList(Block(config, rate, fast) for rate in rates)
         self.norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         for module in self.modules():
@@ -276,8 +273,8 @@ class Transformer(nn.Module):
         hidden = self.tok_dropout(torch.cat((condition, self._embed(groups, patch)), dim=1))
         positions = torch.arange(rows * columns, device=hidden.device)
         rotary = rotary_embedding(positions, columns, self.config.head_dim)
-        for layer in self.layers:
-            hidden = layer(hidden, rotary)
+        for layer, seeds in zip(self.layers, self._draw_seeds(hidden.device), strict=True):
+            hidden = layer(hidden, rotary, seeds=seeds)
         return self.norm(hidden)
 
     def loss(
@@ -313,6 +310,13 @@ class Transformer(nn.Module):
             unfolded = F.unfold(image, kernel_size=sizes, stride=sizes).transpose(1, 2)  # [B, P, D·K]
             embeddings = unfolded.unflatten(-1, (self.config.dim, -1)).permute(0, 1, 3, 2).mean(2)
         return embeddings[:, :-1]
+
+    def _draw_seeds(self, device: torch.device) -> Sequence[Tensor | None]:
+        """Draw the seeds of each layer's dropout, for compiled layers on a GPU; elsewhere PyTorch's own is faster."""
+        if not (self.fast and self.training and device.type == "cuda"):
+            return [None] * len(self.layers)
+        # Four for each layer, of which it needs two: compiled code wants its inputs at multiples of 16 bytes.
+        return torch.randint(-(2**31), 2**31, (len(self.layers), 4), dtype=torch.int32, device=device).unbind()
 
     def make_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device | str) -> KeyValueCache:
         """Return an empty cache for `decode`."""

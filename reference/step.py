@@ -9,13 +9,16 @@ device until somebody asks for them. Nothing in a step waits for the GPU.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from npp_kernels import group_tokens
 from npp_kernels.grouping import Patch
@@ -26,6 +29,17 @@ WARMUP_STEPS = 3  # ordinary steps of a stage before its graph is captured: they
 SETUP_STEPS = WARMUP_STEPS + 1  # and the one that captures: steps of a stage that take longer than later ones
 
 
+def set_up_backends() -> None:
+    """Set, before the first product, how fp32 products and cuBLAS work.
+
+    TF32 for what stays in fp32, as in the official code. No workspace for cuBLAS: its large kernels then take their
+    tiles in a fixed order, where otherwise a counter is set to 0 before each. As a node of a graph that costs 3 µs, the
+    kernels take as long.
+    """
+    torch.set_float32_matmul_precision("high")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+
+
 @dataclass(frozen=True)
 class StepConfig:
     """How a step is computed.
@@ -33,20 +47,19 @@ class StepConfig:
     ``precision``: ``"bf16"`` keeps the model in bf16 and master weights in fp32; ``"autocast"`` keeps the model and its
     residual stream in fp32 and multiplies matrices in bf16, as the official code does; ``"fp32"``.
 
-    ``compile``: ``"model"`` compiles the model as a whole (and the loss with it, where that is the official one),
-    ``"blocks"`` one layer, which all layers share (quicker to compile, by the number of layers), ``"off"`` nothing.
+    ``compile``: compile one layer, for all to share. That is as fast as the whole model, for a third of the set-up or
+    less: around the layers are a few kernels, and the loss, one operation. The official formulation is compiled whole.
     """
 
     precision: str = "bf16"
-    compile: str = "model"
+    compile: bool = True
     graph: bool = True  # ignored without a GPU
     accumulate: int = 1  # backward passes in a step, each over its part of the batch
     official: bool = False  # the official code's optimizer, and no graph
 
     def __post_init__(self) -> None:
-        for name, allowed in (("precision", ("bf16", "autocast", "fp32")), ("compile", ("model", "blocks", "off"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.precision not in ("bf16", "autocast", "fp32"):
+            raise ValueError(f"precision: expected bf16, autocast or fp32, got {self.precision!r}")
         if self.accumulate < 1:
             raise ValueError(f"accumulate: expected at least 1, got {self.accumulate}")
         if self.official and self.precision == "bf16":
@@ -67,13 +80,25 @@ class Progress:
         return abs(self.loss) < float("inf") and abs(self.gradient_norm) < float("inf")
 
 
+class Loss(nn.Module):
+    """The model's loss as a forward, which is what `DistributedDataParallel` wraps."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        """Return the loss; the arguments are those of `Transformer.loss`."""
+        return self.model.loss(*arguments, **options)
+
+
 class TrainStep:
     """Trains a model, one batch a call.
 
     >>> import torch
     >>> from reference.model import ModelConfig, Transformer
     >>> model = Transformer(ModelConfig.named("tiny", vocab_size=512, grid=(4, 4), num_classes=10))
-    >>> step = TrainStep(model, StepConfig(precision="fp32", compile="off"), AdamWConfig(), batch_size=2)
+    >>> step = TrainStep(model, StepConfig(precision="fp32", compile=False), AdamWConfig(), batch_size=2)
     >>> step.run(torch.randint(512, (2, 4, 4)), torch.tensor([3, 7]), patch=2, lr=1e-4)
     >>> round(step.report().loss, 3)
     6.238
@@ -88,11 +113,10 @@ class TrainStep:
     def __init__(self, model: Transformer, config: StepConfig, adamw: AdamWConfig, *, batch_size: int) -> None:
         if batch_size % config.accumulate:
             raise ValueError(f"batch_size: expected a multiple of accumulate = {config.accumulate}, got {batch_size}")
-        processes = dist.get_world_size() if dist.is_initialized() else 1
-        if config.official and processes > 1:
-            raise ValueError(f"official: expected one process, got {processes}")
+        self.processes = dist.get_world_size() if dist.is_initialized() else 1
+        if config.official and self.processes > 1:
+            raise ValueError(f"official: expected one process, got {self.processes}")
         device = model.output.weight.device
-        compiled = config.compile != "off"
         self.model = model
         self.config = config
         self.optimizer: FlatAdamW | OfficialAdamW
@@ -100,24 +124,22 @@ class TrainStep:
             self.optimizer = OfficialAdamW(model, adamw)
         else:
             dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-            self.optimizer = FlatAdamW(
-                model, adamw, dtype=dtype, accumulate=config.accumulate > 1, compiled=compiled and device.type == "cuda"
-            )
+            self.optimizer = FlatAdamW(model, adamw, dtype=dtype, accumulate=config.accumulate > 1)
         options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
-        self._loss = model.loss
-        if config.compile == "blocks":
+        self._loss: Callable[..., Tensor] = model.loss
+        if config.compile and config.official:
+            self._loss = torch.compile(model.loss, **options)
+        elif config.compile:
             for layer in model.layers:
                 layer.compile(**options)
-        elif config.compile == "model" and config.official:
-            self._loss = torch.compile(model.loss, **options)
-        elif config.compile == "model":
-            model.compile(**options)  # not the loss, which is one operation, and faster outside of compiled code
+        if self.processes > 1:
+            # Averages the gradients of all processes while the backward still computes others.
+            self._loss = DistributedDataParallel(Loss(model), gradient_as_bucket_view=True)
 
         part = (config.accumulate, batch_size // config.accumulate)
         self.tokens = torch.zeros(*part, *model.config.grid, dtype=torch.int64, device=device)
         self.labels = torch.zeros(*part, dtype=torch.int64, device=device)
-        # Every process divides by the targets of all, and gradients are summed: the mean over the whole batch.
-        self.num_targets = self.tokens.numel() * processes
+        self.num_targets = self.tokens.numel()  # of all parts: each adds its share of the mean
         self.sums = torch.zeros(2, device=device)  # of the losses and of the gradient's norms since the last report
         self.summed_steps = 0
 
@@ -147,8 +169,9 @@ class TrainStep:
 
     def report(self) -> Progress:
         """Wait for the device, and return the means since the last report."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self.sums[0])  # a process's loss is its share of the mean; the norm is everybody's
+        if self.processes > 1:
+            dist.all_reduce(self.sums)
+            self.sums /= self.processes
         loss, norm = (self.sums / max(self.summed_steps, 1)).tolist()
         progress = Progress(loss, norm, self.summed_steps)
         self.sums.zero_()

@@ -7,9 +7,9 @@
 The same command again continues a run that was stopped, or killed, from its last checkpoint. ``--levels 1`` is plain
 next-token training, ``--official`` the official code's formulation and optimizer; ``--help`` lists all options.
 
-Under torchrun every process holds the whole model and trains on its part of each batch; the gradients are summed in one
-message per step, after the backward. (At the four sizes of the paper that message is 0.2 to 2.8 GB in bf16, a few
-milliseconds over NVLink; a model that one GPU cannot hold would need FSDP.)
+Under torchrun every process holds the whole model and trains on its part of each batch; `DistributedDataParallel`
+averages the gradients, 0.2 to 2.8 GB in bf16 at the four sizes of the paper, beside the backward. (A model that one GPU
+cannot hold would need FSDP.)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from reference import checkpoint
 from reference.codes import ArrayDataset, TokenDataset, load_dataset
 from reference.config import FREE_TO_CHANGE, TrainConfig, parse
 from reference.model import Transformer
-from reference.step import SETUP_STEPS, Progress, TrainStep
+from reference.step import SETUP_STEPS, Progress, TrainStep, set_up_backends
 
 COLUMNS = (
     "step", "epoch", "stage", "patch", "lr", "loss", "gradient_norm", "images_per_second", "train_seconds",
@@ -350,7 +350,7 @@ def process_group() -> Iterator[torch.device]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, as in the official code
+        set_up_backends()
     if "RANK" not in os.environ:
         yield device
         return
@@ -365,17 +365,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; return the exit status."""
     config = parse(arguments)
     with process_group() as device:
-        run = Run(config, device)
-        if run.rank == 0:
-            where = f"from step {run.step} of" if run.step else "for"
-            cost = run.schedule.relative_cost(run.model.config.grid)
-            print(f"{config.output}: training {where} {run.schedule.total_steps} steps on {device}, {cost:.3f} of the")
-            print(f"tokens of plain training, in stages {run.schedule.boundaries}", flush=True)
-        try:
-            run.train()
-        except FloatingPointError as error:
-            print(f"stopped: {error}", file=sys.stderr)
-            return 1
+        return train(config, device)  # whose run is gone when the group goes, or gloo would wait for it forever
+
+
+def train(config: TrainConfig, device: torch.device) -> int:
+    """Train what is left of a run; return the exit status."""
+    run = Run(config, device)
+    if run.rank == 0:
+        where = f"from step {run.step} of" if run.step else "for"
+        cost = run.schedule.relative_cost(run.model.config.grid)
+        print(f"{config.output}: training {where} {run.schedule.total_steps} steps on {device}, {cost:.3f} of the")
+        print(f"tokens of plain training, in stages {run.schedule.boundaries}", flush=True)
+    try:
+        run.train()
+    except FloatingPointError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -8,9 +8,10 @@ machine's.
 import inspect
 import re
 import subprocess
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -34,6 +35,7 @@ from npp_kernels.group_mean import (
     _segment_sums_kernel,
 )
 from npp_kernels.patch_mean import _patch_mean_kernel
+from reference import attention, optimizer
 from tests.conftest import INTERPRETED
 
 pytestmark = [
@@ -62,7 +64,7 @@ def compile_kernel(kernel, target, arguments):
         arguments["OVERLAP"] = TRITON_OVERLAPS and target in ("sm_90", "sm_100")
     options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
     types = {
-        name: value if isinstance(value, str) and re.match(r"\*|i32|i64|fp32|tensordesc", value) else "constexpr"
+        name: value if re.match(r"\*|i32|i64|fp32|tensordesc", str(np.ravel(value)[0])) else "constexpr"
         for name, value in arguments.items()
     }
     fixed = {name: value for name, value in arguments.items() if types[name] == "constexpr"}
@@ -70,8 +72,12 @@ def compile_kernel(kernel, target, arguments):
     aligned = {
         (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
         for name, kind in types.items()
-        if kind.startswith("*") or name in ("vocab_size", "hidden_size", "logits_stride", "grad_stride", "row_stride")
+        if str(kind).startswith("*")
+        or name in ("vocab_size", "hidden_size", "logits_stride", "grad_stride", "row_stride")
     }
+    for name, kind in types.items():
+        if isinstance(kind, tuple):
+            aligned |= {(kernel.arg_names.index(name), i): [["tt.divisibility", 16]] for i in range(len(kind))}
     types = {name: types[name] for name in kernel.arg_names}
     return triton.compile(ASTSource(kernel, types, fixed, aligned), target=TARGETS[target], options=options)
 
@@ -247,6 +253,26 @@ def scale_rows_arguments():
     }  # fmt: skip
 
 
+def attention_arguments(num_positions, backward):
+    _, options = attention.tiles(torch.empty(1, num_positions, 3, 12, 64, device="meta"), backward)
+    return {
+        "qkv_ptr": "*bf16", "cosine_ptr": "*fp32", "sine_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": "*fp32",
+        "scale": "fp32", "num_positions": "i32", "num_heads": "i32", **options,
+        **({"grad_out_ptr": "*bf16", "grad_qkv_ptr": "*bf16", "softmax_scale": "fp32"} if backward else {}),
+    }  # fmt: skip
+
+
+def adamw_arguments(working, average):
+    return {
+        "master_ptr": "*fp32", "moment1_ptr": "*fp32", "moment2_ptr": "*fp32", "working_ptr": working,
+        "average_ptr": average, "scalars_ptr": "*fp32",
+        "gradients": (working or "*fp32",) * optimizer.GRADIENTS_OF_A_LAUNCH,
+        "starts": ("i32",) * optimizer.GRADIENTS_OF_A_LAUNCH, "sizes": ("i32",) * optimizer.GRADIENTS_OF_A_LAUNCH,
+        "keep1": "fp32", "keep2": "fp32", "weight_decay": "fp32", "keep_average": "fp32",
+        "EPSILON": optimizer.EPSILON, "BLOCK": optimizer.BLOCK,
+    }  # fmt: skip
+
+
 CASES = {
     "group_mean K=1": (_group_mean_kernel, group_mean_arguments("bf16", 1, False)),
     "group_mean K=16": (_group_mean_kernel, group_mean_arguments("bf16", 16, False)),
@@ -276,7 +302,16 @@ CASES = {
     "gradient K=256 per target": (_loss_kernels._gradient_kernel, gradient_arguments("bf16", 256, True)),
     "scale": (_loss_kernels._scale_kernel, scale_arguments("bf16")),
 }
+OPTIMIZER_CASES = {  # which torch.compile does not see
+    "adamw": (optimizer._adamw_kernel, adamw_arguments("*bf16", None)),
+    "adamw fp32 with an average": (optimizer._adamw_kernel, adamw_arguments(None, "*fp32")),
+}
 HOPPER_CASES = {
+    "attention P=16": (attention._forward_kernel, attention_arguments(16, False)),
+    "attention P=256": (attention._forward_kernel, attention_arguments(256, False)),
+    "attention P=16 backward": (attention._backward_kernel, attention_arguments(16, True)),
+    "attention P=64 backward": (attention._backward_kernel, attention_arguments(64, True)),
+    "attention P=256 backward": (attention._backward_kernel, attention_arguments(256, True)),
     "exponentials": (_exponentials._exponentials_kernel, exponentials_arguments(True)),
     "exponentials uneven": (_exponentials._exponentials_kernel, exponentials_arguments(False)),
     "offsets": (_exponentials._offsets_kernel, offsets_arguments()),
@@ -286,11 +321,13 @@ HOPPER_CASES = {
     "score K=256": (_exponentials._score_exponentials_kernel, score_arguments(256, 2048)),
     "scale_rows": (_exponentials._scale_rows_kernel, scale_rows_arguments()),
 }
-ALL_CASES = CASES | HOPPER_CASES
+ALL_CASES = CASES | OPTIMIZER_CASES | HOPPER_CASES
 
 
 @pytest.mark.parametrize(
-    ("case", "target"), [*product(CASES, TARGETS), *((case, "sm_90") for case in HOPPER_CASES)], ids=str
+    ("case", "target"),
+    [*product(CASES | OPTIMIZER_CASES, TARGETS), *((case, "sm_90") for case in HOPPER_CASES)],
+    ids=str,
 )
 def test_compiles_without_spills(case, target, tmp_path):
     kernel, arguments = ALL_CASES[case]
@@ -354,9 +391,9 @@ def test_torch_compile_sees_what_a_kernel_writes(case, monkeypatch):
 def test_every_kernel_is_covered():
     """A kernel that is added must be added here too."""
     import npp_kernels
+    import reference
 
-    package = Path(npp_kernels.__file__).parent
     defined = set()
-    for path in package.glob("*.py"):
+    for path in chain(*(Path(package.__file__).parent.glob("*.py") for package in (npp_kernels, reference))):
         defined |= set(re.findall(r"^def (_\w+_kernel)\(", path.read_text(), flags=re.MULTILINE))
     assert defined == {kernel.__name__ for kernel, _ in ALL_CASES.values()}

@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import reference.attention
 import reference.model
 from npp_kernels import group_tokens
-from reference.model import ModelConfig, Transformer, rotary_embedding
+from reference.attention import rotary_embedding
+from reference.model import ModelConfig, Transformer
 
 SMALL = {"vocab_size": 37, "grid": (4, 8), "num_classes": 5, "dim": 24, "num_layers": 2, "num_heads": 2}
 
@@ -124,7 +126,7 @@ def test_flash_attn_takes_over_where_it_is_installed(monkeypatch):
     model = small_model(dtype=torch.bfloat16).cuda()
     tokens, labels = (tensor.cuda() for tensor in small_batch())
     groups = group_tokens(tokens, 2)
-    monkeypatch.setattr(reference.model, "flash_attn_func", None)
+    monkeypatch.setattr(reference.attention, "flash_attn_func", None)
     expected = model.eval()(groups, labels, 2)
     shapes = []
 
@@ -137,7 +139,7 @@ def test_flash_attn_takes_over_where_it_is_installed(monkeypatch):
             v.dtype
         )
 
-    monkeypatch.setattr(reference.model, "flash_attn_func", flash_attn_func)
+    monkeypatch.setattr(reference.attention, "flash_attn_func", flash_attn_func)
     torch.testing.assert_close(model(groups, labels, 2), expected, rtol=0.05, atol=0.05)
     assert shapes == [(3, 8, 2, 12)] * 2
 
@@ -182,14 +184,54 @@ def test_labels_are_dropped_only_while_training():
     assert not torch.equal(model(groups, labels, 2), model(groups, no_class, 2))
 
 
+def seed_of(number, device="cpu"):
+    return torch.tensor(number, dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("seed", [0, 1, -5, 2**31 - 1, -(2**31)])
+def test_hashed_numbers_are_even_and_independent(seed):
+    """Of neighbours, of other rows, of other seeds; sums of 2^20 numbers that should have a variance of about 1."""
+    numbers = reference.model.hashed(torch.Size((1024, 1024)), seed_of(seed)).double()
+    assert 0 <= numbers.min() < 1e-5 < 1 - 1e-5 < numbers.max() < 1
+    counts = torch.histc(numbers, 256, 0, 1)
+    assert ((counts - 4096) ** 2 / 4096).sum().item() < 255 + 5 * 510**0.5
+
+    def correlation(x, y):
+        return ((x - x.mean()) * (y - y.mean())).mean().item() / (x.std() * y.std()).item() * x.numel() ** 0.5
+
+    dropped = (numbers < 0.1).double()
+    assert dropped.mean().item() == pytest.approx(0.1, abs=5 * 0.3 / 1024)
+    for shift in (1, 2, 3, 64, 768, 1024, 4096, 2**18):
+        flat = dropped.flatten()
+        assert abs(correlation(flat[:-shift], flat[shift:])) < 5
+    for other in (seed + 1 if seed < 2**31 - 1 else 0, seed ^ 0x100, ~seed):
+        others = (reference.model.hashed(numbers.shape, seed_of(other)) < 0.1).double()
+        assert abs(correlation(dropped, others)) < 5
+
+
+def test_compiled_dropout_drops_the_same_in_the_backward(device):
+    compiled = torch.compile(reference.model.dropout, fullgraph=True, dynamic=False)
+    x = torch.randn(64, 96, device=device).bfloat16().requires_grad_()
+    kept = []
+    for seed in (3, 4):
+        y = compiled(x, 0.25, True, seed_of(seed, device))
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        kept.append(y != 0)
+        torch.testing.assert_close(y, torch.where(kept[-1], x / 0.75, 0))
+        assert torch.equal(gradient, torch.where(kept[-1], torch.tensor(1 / 0.75).bfloat16(), 0))
+        assert kept[-1].float().mean().item() == pytest.approx(0.75, abs=0.03)
+    assert not torch.equal(*kept)
+    assert compiled(x, 0.25, False, seed_of(3, device)) is x
+
+
 def test_drop_path_keeps_the_mean():
     torch.manual_seed(0)
-    branch = torch.ones(4000, 2, 3)
-    dropped = reference.model.drop_path(branch, 0.25, True)
+    branch, rate = torch.ones(4000, 2, 3), torch.tensor(0.25)
+    dropped = reference.model.drop_path(branch, rate, True)
     assert sorted(dropped.unique().tolist()) == pytest.approx([0, 1 / 0.75])
     assert (dropped.flatten(1).std(1) == 0).all()  # whole images
     assert dropped.mean().item() == pytest.approx(1, abs=0.03)
-    assert torch.equal(reference.model.drop_path(branch, 0.25, False), branch)
+    assert torch.equal(reference.model.drop_path(branch, rate, False), branch)
 
 
 def test_operations_count_every_linear_layer_and_the_causal_half_of_attention():

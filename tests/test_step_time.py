@@ -89,14 +89,12 @@ def test_what_was_measured_is_kept(tmp_path, measured):
 def test_cells_are_compiled_ahead_in_processes_of_their_own(tmp_path, measured, monkeypatch):
     commands = []
     monkeypatch.setattr(step_time.subprocess, "run", lambda command, **options: commands.append(command))
-    arguments = ["--models", "tiny", "--images", "4,max", "--patches", "2,1", "--grid", "8", "--compile", "blocks"]
+    arguments = ["--models", "tiny", "--images", "4,max", "--patches", "2,1", "--grid", "8", "--compile", "on"]
     arguments += ["--compile-ahead", "3", "--json", str(tmp_path / "times.json")]
     assert step_time.main(arguments) == 0
     assert all(command[1:3] == ["-m", "reference.step_time"] for command in commands)
     children = [step_time.parse(command[3:]) for command in commands]
-    assert {(child.grid, child.compile, child.compile_ahead, child.steps) for child in children} == {
-        (8, "blocks", 0, 1)
-    }
+    assert {(child.grid, child.compile, child.compile_ahead, child.steps) for child in children} == {(8, "on", 0, 1)}
     asked = {(child.models[0], child.patches[0], int(child.images[0]), child.formulations[0]) for child in children}
     assert len(commands) == len(asked) == len({child.json for child in children}) == 8
     assert asked >= {cell for cell in measured if cell[2] == 4}
