@@ -33,8 +33,8 @@ def set_up_backends() -> None:
     """Set, before the first product, how fp32 products and cuBLAS work.
 
     TF32 for what stays in fp32, as in the official code. No workspace for cuBLAS: its large kernels then take their
-    tiles in a fixed order, where otherwise a counter is set to 0 before each. As a node of a graph that costs 3 µs, the
-    kernels take as long.
+    tiles in a fixed order, where otherwise a counter is set to 0 before each. As a node of a graph that costs 2 to 3
+    µs; the kernels take as long.
     """
     torch.set_float32_matmul_precision("high")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":0:0")

@@ -13,7 +13,7 @@ tried.
 The file is written after each cell, and the same command goes on where it was stopped: cells that were measured on the
 same device, with the same PyTorch and options, are kept. ``--again`` measures them anew, after a change of the code
 say. At the end, or at once with ``--report``, the table is printed, with the cost of the paper's schedules that follows
-from it.
+from it, and drawn into a PNG beside the file.
 
 Compiling takes most of the time. ``--compile-ahead 8`` first runs every cell once, 8 at a time in processes of their
 own, whose results nobody reads: they leave what they compiled in the compiler's cache on disk.
@@ -37,6 +37,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import matplotlib
 import torch
 from tqdm import tqdm
 
@@ -45,6 +46,9 @@ from reference.checkpoint import write_json
 from reference.model import SIZES, ModelConfig, Transformer
 from reference.optimizer import AdamWConfig
 from reference.step import SETUP_STEPS, StepConfig, TrainStep, set_up_backends
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
 
 FORMULATIONS = ("official", "ours")  # in this order: where the official one does not fit, ours need not be compiled
 MAX_IMAGES = 256
@@ -290,6 +294,37 @@ def report(cells: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot(cells: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the time of a step over the patch: a panel for each model, a colour for each number of images."""
+    done = [cell for cell in cells if "error" not in cell]
+    models = [name for name in SIZES if any(cell["model"] == name for cell in done)]
+    figure, panels = plt.subplots(
+        1, len(models), figsize=(4.5 * len(models) + 1, 4.2), layout="constrained", squeeze=False, sharey=True
+    )
+    for axes, model in zip(panels[0], models, strict=True):
+        own = [cell for cell in done if cell["model"] == model]
+        for colour, images in enumerate(sorted({cell["images"] for cell in own})):
+            for formulation, style in (("official", "x--"), ("ours", "o-")):
+                line = {c["patch"]: c["median_ms"] for c in own if key_of(c)[2:] == (images, formulation)}
+                patches = sorted(line, reverse=True)
+                label = f"{images} images, {formulation}"
+                axes.plot(patches, [line[p] for p in patches], style, color=f"C{colour}", markersize=5, label=label)
+                if formulation == "ours" and 1 in line:
+                    ideal = [line[1] / p**2 for p in patches]
+                    axes.plot(patches, ideal, ":", color=f"C{colour}", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.invert_xaxis()
+        axes.set_xticks(sorted({cell["patch"] for cell in own}), sorted({cell["patch"] for cell in own}))
+        axes.set_title(model)
+        axes.set_xlabel("patch")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    panels[0][0].set_ylabel("ms a step (dotted: patch 1 over K)")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def listed(kind: type, text: str) -> list[Any]:
     """Split a comma-separated option."""
     return [kind(part) for part in text.split(",") if part]
@@ -317,7 +352,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compile-ahead", type=int, default=0, metavar="PROCESSES", help="fill the compiler's cache first, in so many"
     )
-    parser.add_argument("--report", action="store_true", help="print the table of the file; measure nothing")
+    parser.add_argument("--report", action="store_true", help="print and draw the table of the file; measure nothing")
     options = parser.parse_args(arguments)
     options.models, options.formulations = listed(str, options.models), listed(str, options.formulations)
     options.patches, options.images = listed(int, options.patches), listed(str, options.images)
@@ -339,6 +374,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table.compile_ahead(options.compile_ahead)
         table.measure()
     print(report(table.cells))
+    if any("error" not in cell for cell in table.cells):
+        plot(table.cells, options.json.with_suffix(".png"))
     if table.stopped:
         print(f"stopped after {options.time_limit:g} s; the same command goes on")
     return 1 if table.failed or table.stopped else 0

@@ -30,6 +30,7 @@ def test_a_cell_that_fails_does_not_stop_the_table(tmp_path, capsys):
         assert ours["loss"] == pytest.approx(official["loss"], rel=1e-2)
         assert ours["median_ms"] > 0
     assert "| tiny | 2 | 2 |" in capsys.readouterr().out  # the cost of two levels
+    assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture
