@@ -100,27 +100,48 @@ def serves(qkv: Tensor) -> bool:
 
 
 @triton.jit
-def _load_rotary(cosine_ptr, sine_ptr, positions, mask, HALF: tl.constexpr):
-    """Load the cosines and sines of positions ``[BLOCK, 1]``."""
-    offsets = positions * HALF + tl.arange(0, HALF)[None, :]
+def _load_rotary(cosine_ptr, sine_ptr, positions, num_positions, HALF: tl.constexpr):
+    """Load the cosines and sines of some positions."""
+    offsets = positions[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    mask = positions[:, None] < num_positions
     return tl.load(cosine_ptr + offsets, mask=mask, other=0.0), tl.load(sine_ptr + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
-def _load_turned(pairs_ptr, offsets, mask, cosine, sine, DTYPE: tl.constexpr):
-    """Load pairs of 16-bit numbers as whole words, and turn them: real and imaginary parts."""
-    words = tl.load(pairs_ptr + offsets, mask=mask, other=0)
-    real = words.to(tl.uint16).to(DTYPE, bitcast=True).to(tl.float32)
-    imaginary = (words >> 16).to(tl.uint16).to(DTYPE, bitcast=True).to(tl.float32)
-    return (real * cosine - imaginary * sine).to(DTYPE), (imaginary * cosine + real * sine).to(DTYPE)
+def _load(ptr, positions, num_positions, stride, WIDTH: tl.constexpr):
+    """Load one head's channels at some positions; what is past the end is 0."""
+    offsets = positions[:, None] * stride + tl.arange(0, WIDTH)[None, :]
+    return tl.load(ptr + offsets, mask=positions[:, None] < num_positions, other=0)
 
 
 @triton.jit
-def _store_turned_back(pairs_ptr, offsets, mask, real, imaginary, cosine, sine, DTYPE: tl.constexpr):
+def _store(ptr, positions, num_positions, stride, values):
+    """Store one head's channels at some positions, but for what is past the end."""
+    offsets = positions[:, None] * stride + tl.arange(0, values.shape[1])[None, :]
+    tl.store(ptr + offsets, values.to(ptr.dtype.element_ty), mask=positions[:, None] < num_positions)
+
+
+@triton.jit
+def _load_turned(ptr, cosine_ptr, sine_ptr, positions, num_positions, stride, HEAD_DIM: tl.constexpr):
+    """Load pairs of 16-bit numbers as whole words, and turn them: real and imaginary parts."""
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    cosine, sine = _load_rotary(cosine_ptr, sine_ptr, positions, num_positions, HEAD_DIM // 2)
+    words = _load(ptr.to(tl.pointer_type(tl.uint32)), positions, num_positions, stride // 2, HEAD_DIM // 2)
+    real = words.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+    imaginary = (words >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+    return (real * cosine - imaginary * sine).to(dtype), (imaginary * cosine + real * sine).to(dtype)
+
+
+@triton.jit
+def _store_turned_back(
+    ptr, cosine_ptr, sine_ptr, positions, num_positions, stride, real, imaginary, HEAD_DIM: tl.constexpr
+):
     """Turn gradients of pairs back, and store them as whole words."""
-    low = (real * cosine + imaginary * sine).to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
-    high = (imaginary * cosine - real * sine).to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
-    tl.store(pairs_ptr + offsets, (high << 16) | low, mask=mask)
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    cosine, sine = _load_rotary(cosine_ptr, sine_ptr, positions, num_positions, HEAD_DIM // 2)
+    low = (real * cosine + imaginary * sine).to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
+    high = (imaginary * cosine - real * sine).to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
+    _store(ptr.to(tl.pointer_type(tl.uint32)), positions, num_positions, stride // 2, (high << 16) | low)
 
 
 @triton.jit
@@ -129,33 +150,22 @@ def _forward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Attend from one block of positions, in one head of one image: ``out``, and log2 of the sums of exponentials."""
-    DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
     block, head = tl.program_id(0), tl.program_id(1)
-    num_channels = num_heads * HEAD_DIM
+    width = num_heads * HEAD_DIM
+    stride = 3 * width  # of qkv's positions
     image_rows = (head // num_heads).to(tl.int64) * num_positions
-    first_channel = head % num_heads * HEAD_DIM
-    qkv_ptr += image_rows * 3 * num_channels + first_channel
-    pairs_ptr = qkv_ptr.to(tl.pointer_type(tl.uint32))
+    query_ptr = qkv_ptr + image_rows * stride + head % num_heads * HEAD_DIM
+    key_ptr, value_ptr = query_ptr + width, query_ptr + 2 * width
 
-    pair = tl.arange(0, HEAD_DIM // 2)[None, :]
-    channel = tl.arange(0, HEAD_DIM)[None, :]
     rows = block * BLOCK + tl.arange(0, BLOCK)
-    valid = rows[:, None] < num_positions
-    cosine, sine = _load_rotary(cosine_ptr, sine_ptr, rows[:, None], valid, HEAD_DIM // 2)
-    words = rows[:, None] * (3 * num_channels // 2) + pair
-    query_real, query_imaginary = _load_turned(pairs_ptr, words, valid, cosine, sine, DTYPE)
-
+    query_real, query_imaginary = _load_turned(query_ptr, cosine_ptr, sine_ptr, rows, num_positions, stride, HEAD_DIM)
     largest = tl.full((BLOCK,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     mixed = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     for start in range(0, (block + 1) * BLOCK, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        seen = columns[:, None] < num_positions
-        cosine, sine = _load_rotary(cosine_ptr, sine_ptr, columns[:, None], seen, HEAD_DIM // 2)
-        words = columns[:, None] * (3 * num_channels // 2) + num_channels // 2 + pair
-        key_real, key_imaginary = _load_turned(pairs_ptr, words, seen, cosine, sine, DTYPE)
-        offsets = columns[:, None] * (3 * num_channels) + 2 * num_channels + channel
-        value = tl.load(qkv_ptr + offsets, mask=seen, other=0.0)
+        key_real, key_imaginary = _load_turned(key_ptr, cosine_ptr, sine_ptr, columns, num_positions, stride, HEAD_DIM)
+        value = _load(value_ptr, columns, num_positions, stride, HEAD_DIM)
         scores = tl.dot(query_real, tl.trans(key_real))
         scores = tl.dot(query_imaginary, tl.trans(key_imaginary), scores) * scale
         # A row past the end sees real columns, and its own: no sum is empty.
@@ -164,12 +174,22 @@ def _forward_kernel(
         shrink = tl.exp2(largest - new_largest)
         p = tl.exp2(scores - new_largest[:, None])
         total = total * shrink + tl.sum(p, 1)
-        mixed = tl.dot(p.to(DTYPE), value, mixed * shrink[:, None])
+        mixed = tl.dot(p.to(value.dtype), value, mixed * shrink[:, None])
         largest = new_largest
 
-    offsets = (image_rows + rows[:, None]) * num_channels + first_channel + channel
-    tl.store(out_ptr + offsets, (mixed / total[:, None]).to(DTYPE), mask=valid)
+    out_ptr += image_rows * width + head % num_heads * HEAD_DIM
+    _store(out_ptr, rows, num_positions, width, mixed / total[:, None])
     tl.store(lse_ptr + head.to(tl.int64) * num_positions + rows, largest + tl.log2(total), mask=rows < num_positions)
+
+
+@triton.jit
+def _load_outcome(out_ptr, grad_out_ptr, lse_ptr, rows, num_positions, width, HEAD_DIM: tl.constexpr):
+    """Load the gradient of some rows of ``out``, its product with them, and the logarithms of their sums."""
+    grad_out = _load(grad_out_ptr, rows, num_positions, width, HEAD_DIM)
+    out = _load(out_ptr, rows, num_positions, width, HEAD_DIM)
+    mean = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + rows, mask=rows < num_positions, other=float("inf"))  # past the end: p = 0
+    return grad_out, mean, lse
 
 
 @triton.jit
@@ -182,89 +202,73 @@ def _backward_kernel(
     The keys of block t are seen by the blocks from t on, and its queries see the blocks up to t: together one more than
     there are blocks, so that all programs have the same work. A sequence that is WHOLE in one block needs one pass.
     """
-    DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
     block, head = tl.program_id(0), tl.program_id(1)
-    num_channels = num_heads * HEAD_DIM
+    width = num_heads * HEAD_DIM
+    stride = 3 * width  # of qkv's positions
     image_rows = (head // num_heads).to(tl.int64) * num_positions
     first_channel = head % num_heads * HEAD_DIM
-    qkv_ptr += image_rows * 3 * num_channels + first_channel
-    grad_qkv_ptr += image_rows * 3 * num_channels + first_channel
-    out_ptr += image_rows * num_channels + first_channel
-    grad_out_ptr += image_rows * num_channels + first_channel
+    query_ptr = qkv_ptr + image_rows * stride + first_channel
+    key_ptr, value_ptr = query_ptr + width, query_ptr + 2 * width
+    grad_query_ptr = grad_qkv_ptr + image_rows * stride + first_channel
+    out_ptr += image_rows * width + first_channel
+    grad_out_ptr += image_rows * width + first_channel
     lse_ptr += head.to(tl.int64) * num_positions
-    pairs_ptr = qkv_ptr.to(tl.pointer_type(tl.uint32))
-    grad_pairs_ptr = grad_qkv_ptr.to(tl.pointer_type(tl.uint32))
 
-    pair = tl.arange(0, HEAD_DIM // 2)[None, :]
-    channel = tl.arange(0, HEAD_DIM)[None, :]
     here = block * BLOCK + tl.arange(0, BLOCK)
-    valid = here[:, None] < num_positions
-    cosine, sine = _load_rotary(cosine_ptr, sine_ptr, here[:, None], valid, HEAD_DIM // 2)
-    words = here[:, None] * (3 * num_channels // 2) + pair
-    key_real, key_imaginary = _load_turned(pairs_ptr, words + num_channels // 2, valid, cosine, sine, DTYPE)
-    offsets = here[:, None] * (3 * num_channels) + channel
-    value = tl.load(qkv_ptr + offsets + 2 * num_channels, mask=valid, other=0.0)
-
+    key_real, key_imaginary = _load_turned(key_ptr, cosine_ptr, sine_ptr, here, num_positions, stride, HEAD_DIM)
+    value = _load(value_ptr, here, num_positions, stride, HEAD_DIM)
     grad_value = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
-    grad_key_real = tl.zeros((BLOCK, HEAD_DIM // 2), tl.float32)
-    grad_key_imaginary = tl.zeros((BLOCK, HEAD_DIM // 2), tl.float32)
-    grad_scores = tl.zeros((BLOCK, BLOCK), DTYPE)
+    grad_real = tl.zeros((BLOCK, HEAD_DIM // 2), tl.float32)
+    grad_imaginary = tl.zeros((BLOCK, HEAD_DIM // 2), tl.float32)
+    grad_scores = tl.zeros((BLOCK, BLOCK), value.dtype)
     first, end = block * BLOCK, num_positions
     if WHOLE:
         first, end = 0, BLOCK  # known to the compiler: no loop is left
     for start in range(first, end, BLOCK):
         rows = start + tl.arange(0, BLOCK)
-        real = rows[:, None] < num_positions
-        cosine, sine = _load_rotary(cosine_ptr, sine_ptr, rows[:, None], real, HEAD_DIM // 2)
-        row_words = rows[:, None] * (3 * num_channels // 2) + pair
-        query_real, query_imaginary = _load_turned(pairs_ptr, row_words, real, cosine, sine, DTYPE)
-        row_offsets = rows[:, None] * num_channels + channel
-        grad_out = tl.load(grad_out_ptr + row_offsets, mask=real, other=0.0)
-        out = tl.load(out_ptr + row_offsets, mask=real, other=0.0)
-        mean = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
-        lse = tl.load(lse_ptr + rows, mask=rows < num_positions, other=float("inf"))  # rows past the end: p = 0
+        query_real, query_imaginary = _load_turned(
+            query_ptr, cosine_ptr, sine_ptr, rows, num_positions, stride, HEAD_DIM
+        )
+        grad_out, mean, lse = _load_outcome(out_ptr, grad_out_ptr, lse_ptr, rows, num_positions, width, HEAD_DIM)
         scores = tl.dot(key_real, tl.trans(query_real))  # transposed: keys by queries
         scores = tl.dot(key_imaginary, tl.trans(query_imaginary), scores) * scale
         p = tl.where(here[:, None] <= rows[None, :], tl.exp2(scores - lse[None, :]), 0.0)
-        grad_value = tl.dot(p.to(DTYPE), grad_out, grad_value)
-        grad_scores = (p * (tl.dot(value, tl.trans(grad_out)) - mean[None, :])).to(DTYPE)
-        grad_key_real = tl.dot(grad_scores, query_real, grad_key_real)
-        grad_key_imaginary = tl.dot(grad_scores, query_imaginary, grad_key_imaginary)
-    tl.store(grad_qkv_ptr + offsets + 2 * num_channels, grad_value.to(DTYPE), mask=valid)
-    grad_key_real, grad_key_imaginary = grad_key_real * softmax_scale, grad_key_imaginary * softmax_scale
-    key_words = words + num_channels // 2
-    cosine, sine = _load_rotary(cosine_ptr, sine_ptr, here[:, None], valid, HEAD_DIM // 2)  # again: registers are short
-    _store_turned_back(grad_pairs_ptr, key_words, valid, grad_key_real, grad_key_imaginary, cosine, sine, DTYPE)
+        grad_value = tl.dot(p.to(value.dtype), grad_out, grad_value)
+        grad_scores = (p * (tl.dot(value, tl.trans(grad_out)) - mean[None, :])).to(value.dtype)
+        grad_real = tl.dot(grad_scores, query_real, grad_real)
+        grad_imaginary = tl.dot(grad_scores, query_imaginary, grad_imaginary)
+    _store(grad_query_ptr + 2 * width, here, num_positions, stride, grad_value)
+    grad_real, grad_imaginary = grad_real * softmax_scale, grad_imaginary * softmax_scale
+    _store_turned_back(
+        grad_query_ptr + width, cosine_ptr, sine_ptr, here, num_positions, stride, grad_real, grad_imaginary, HEAD_DIM
+    )
 
     if WHOLE:
         grad_real = tl.dot(tl.trans(grad_scores), key_real)
         grad_imaginary = tl.dot(tl.trans(grad_scores), key_imaginary)
     else:
-        query_real, query_imaginary = _load_turned(pairs_ptr, words, valid, cosine, sine, DTYPE)
-        out_offsets = here[:, None] * num_channels + channel
-        grad_out = tl.load(grad_out_ptr + out_offsets, mask=valid, other=0.0)
-        out = tl.load(out_ptr + out_offsets, mask=valid, other=0.0)
-        mean = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
-        lse = tl.load(lse_ptr + here, mask=here < num_positions, other=float("inf"))
+        query_real, query_imaginary = _load_turned(
+            query_ptr, cosine_ptr, sine_ptr, here, num_positions, stride, HEAD_DIM
+        )
+        grad_out, mean, lse = _load_outcome(out_ptr, grad_out_ptr, lse_ptr, here, num_positions, width, HEAD_DIM)
         grad_real = tl.zeros((BLOCK, HEAD_DIM // 2), tl.float32)
         grad_imaginary = tl.zeros((BLOCK, HEAD_DIM // 2), tl.float32)
         for start in range(0, (block + 1) * BLOCK, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            seen = columns[:, None] < num_positions
-            cosine, sine = _load_rotary(cosine_ptr, sine_ptr, columns[:, None], seen, HEAD_DIM // 2)
-            column_words = columns[:, None] * (3 * num_channels // 2) + num_channels // 2 + pair
-            key_real, key_imaginary = _load_turned(pairs_ptr, column_words, seen, cosine, sine, DTYPE)
-            column_offsets = columns[:, None] * (3 * num_channels) + 2 * num_channels + channel
-            value = tl.load(qkv_ptr + column_offsets, mask=seen, other=0.0)
+            key_real, key_imaginary = _load_turned(
+                key_ptr, cosine_ptr, sine_ptr, columns, num_positions, stride, HEAD_DIM
+            )
+            value = _load(value_ptr, columns, num_positions, stride, HEAD_DIM)
             scores = tl.dot(query_real, tl.trans(key_real))
             scores = tl.dot(query_imaginary, tl.trans(key_imaginary), scores) * scale
             p = tl.where(columns[None, :] <= here[:, None], tl.exp2(scores - lse[:, None]), 0.0)
-            grad_scores = (p * (tl.dot(grad_out, tl.trans(value)) - mean[:, None])).to(DTYPE)
+            grad_scores = (p * (tl.dot(grad_out, tl.trans(value)) - mean[:, None])).to(value.dtype)
             grad_real = tl.dot(grad_scores, key_real, grad_real)
             grad_imaginary = tl.dot(grad_scores, key_imaginary, grad_imaginary)
-        cosine, sine = _load_rotary(cosine_ptr, sine_ptr, here[:, None], valid, HEAD_DIM // 2)
     grad_real, grad_imaginary = grad_real * softmax_scale, grad_imaginary * softmax_scale
-    _store_turned_back(grad_pairs_ptr, words, valid, grad_real, grad_imaginary, cosine, sine, DTYPE)
+    _store_turned_back(
+        grad_query_ptr, cosine_ptr, sine_ptr, here, num_positions, stride, grad_real, grad_imaginary, HEAD_DIM
+    )
 
 
 def tiles(qkv: Tensor, backward: bool) -> tuple[tuple[int, int], dict[str, Any]]:
