@@ -9,7 +9,6 @@ device until somebody asks for them. Nothing in a step waits for the GPU.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,17 +26,6 @@ from reference.optimizer import AdamWConfig, FlatAdamW, OfficialAdamW
 
 WARMUP_STEPS = 3  # ordinary steps of a stage before its graph is captured: they compile, and make cuBLAS's workspaces
 SETUP_STEPS = WARMUP_STEPS + 1  # and the one that captures: steps of a stage that take longer than later ones
-
-
-def set_up_backends() -> None:
-    """Set, before the first product, how fp32 products and cuBLAS work.
-
-    TF32 for what stays in fp32, as in the official code. No workspace for cuBLAS: its large kernels then take their
-    tiles in a fixed order, where otherwise a counter is set to 0 before each. As a node of a graph that costs 2 to 3
-    µs; the kernels take as long.
-    """
-    torch.set_float32_matmul_precision("high")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":0:0")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from npp_kernels import PatchSchedule
 from reference.checkpoint import write_json
 from reference.model import SIZES, ModelConfig, Transformer
 from reference.optimizer import AdamWConfig
-from reference.step import SETUP_STEPS, StepConfig, TrainStep, set_up_backends
+from reference.step import SETUP_STEPS, StepConfig, TrainStep
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -367,7 +367,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the command line asks for; return 1 where a cell failed or no time was left for it."""
     options = parse(arguments)
-    set_up_backends()
+    torch.set_float32_matmul_precision("high")
     table = Table(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if not options.report:
         if options.compile_ahead > 0:

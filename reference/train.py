@@ -38,7 +38,7 @@ from reference import checkpoint
 from reference.codes import ArrayDataset, TokenDataset, load_dataset
 from reference.config import FREE_TO_CHANGE, TrainConfig, parse
 from reference.model import Transformer
-from reference.step import SETUP_STEPS, Progress, TrainStep, set_up_backends
+from reference.step import SETUP_STEPS, Progress, TrainStep
 
 COLUMNS = (
     "step", "epoch", "stage", "patch", "lr", "loss", "gradient_norm", "images_per_second", "train_seconds",
@@ -350,7 +350,7 @@ def process_group() -> Iterator[torch.device]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-        set_up_backends()
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, as in the official code
     if "RANK" not in os.environ:
         yield device
         return
