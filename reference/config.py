@@ -47,7 +47,7 @@ class TrainConfig:
     guidance: float = option(2.0, "scale of classifier-free guidance, for sampling from the checkpoint")
     ema: float = option(0.0, "decay of the moving average of the weights; 0 for none")
     precision: str = option("auto", "auto is bf16 on a GPU and fp32 elsewhere", ("auto", "bf16", "autocast", "fp32"))
-    compile: str = option("auto", "auto is on on a GPU and off elsewhere", ("auto", "on", "off"))
+    compile: str = option("auto", "compile the layers; auto does on a GPU", ("auto", "on", "off"))
     graph: bool = option(True, "one CUDA graph for each stage; off under torchrun")
     official: bool = option(False, "the official code's formulation and optimizer, for comparison")
     seed: int = option(0, "of weights, data order, augmentation and dropout")
