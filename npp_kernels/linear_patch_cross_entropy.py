@@ -112,6 +112,7 @@ class _Problem:
         self.coefficients = coefficients
         self.settings = settings
         self.wants = wants  # gradients of hidden, weight and bias
+        self.gradient_dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         self.wide = torch.promote_types(dtype, torch.float32)
         # The fp32 gradient of the weight is a buffer of its own where the weight has another dtype.
         summed_apart = wants[1] and weight.dtype != self.wide
@@ -186,9 +187,9 @@ class _Problem:
 class _Gradients:
     """The gradients of the arguments, gathered chunk by chunk; None for those that nobody wants."""
 
-    def __init__(self, problem: _Problem, dtypes: Sequence[torch.dtype]) -> None:
+    def __init__(self, problem: _Problem) -> None:
         self.problem = problem
-        hidden_dtype, self.weight_dtype, self.bias_dtype = dtypes
+        hidden_dtype, self.weight_dtype, self.bias_dtype = problem.gradient_dtypes
         self.hidden: Tensor | None = None
         if problem.wants[0]:
             self.hidden = torch.empty(problem.hidden.shape, dtype=hidden_dtype, device=problem.hidden.device)
@@ -254,14 +255,14 @@ def _scaled(grad: Tensor | None, upstream: Tensor) -> Tensor | None:
 
 
 def _loss_and_gradients(
-    arguments: tuple[Any, ...], losses: Tensor | None, rows: Tensor, stats: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Fill ``losses`` and ``rows``, and return the gradients; the arguments are those of `_Problem`."""
-    hidden, weight, bias, *_, wants = arguments
-    with torch.autocast(hidden.device.type, enabled=False):
+    arguments: tuple[Any, ...], losses: Tensor | None, stats: bool
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Fill ``losses``; return the rows' statistics and the wanted gradients. The arguments are those of `_Problem`."""
+    device = arguments[0].device
+    with torch.autocast(device.type, enabled=False):
         problem = _Problem(*arguments)
-        dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
-        gradients = _Gradients(problem, dtypes) if any(wants) else None
+        rows = torch.empty((4, problem.groups.shape[0]), dtype=problem.wide, device=device)
+        gradients = _Gradients(problem) if any(problem.wants) else None
         if gradients is not None and problem.serves_exponentials(stats):
             offsets = find_offsets(problem.hidden, problem.weight)
             for chunk in problem.chunks:
@@ -273,7 +274,7 @@ def _loss_and_gradients(
                 if gradients is not None:
                     gradients.add(chunk, logits)
                 del logits  # before the next chunk is made
-        return (None, None, None) if gradients is None else gradients.finish()
+        return rows, (None, None, None) if gradients is None else gradients.finish()
 
 
 @torch.library.custom_op("npp_kernels::linear_loss_and_gradients", mutates_args=())
@@ -298,12 +299,10 @@ def _opaque_loss_and_gradients(
 
     Traced, its kernels would neither overlap nor take exponentials in place of logits: both want to see the tensors.
     """
-    wide = torch.promote_types(dtype, torch.float32)
-    rows = torch.empty((4, groups.shape[0]), dtype=wide, device=hidden.device)
     coefficients = Coefficients(slot_scale, totals)
     settings = LossSettings(ignore_index, normalize, label_smoothing, z_loss, softcap)
     arguments = (hidden, weight, bias, groups, coefficients, settings, dtype, chunk_rows, wants)
-    grads = _loss_and_gradients(arguments, None, rows, stats)
+    rows, grads = _loss_and_gradients(arguments, None, stats)
     return [rows, *(grad for grad in grads if grad is not None)]
 
 
@@ -322,7 +321,6 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
     ):
         wide = torch.promote_types(dtype, torch.float32)
         losses = torch.empty(groups.shape, dtype=wide, device=hidden.device) if per_target else None
-        ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         ctx.problem_options = (settings, dtype, chunk_rows, wants)
         ctx.ran = False
         early = any(wants) and not per_target and dtype != torch.float16
@@ -334,10 +332,9 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
             rows = found[0]
             grads = tuple(found[sum(wanted[: i + 1])] if want else None for i, want in enumerate(wanted))
         else:
-            rows = torch.empty((4, groups.shape[0]), dtype=wide, device=hidden.device)
             coefficients = Coefficients(slot_scale, totals)
             arguments = (hidden, weight, bias, groups, coefficients, settings, dtype, chunk_rows, wanted)
-            grads = _loss_and_gradients(arguments, losses, rows, stats)
+            rows, grads = _loss_and_gradients(arguments, losses, stats)
         ctx.early = early
         ctx.save_for_backward(hidden, weight, bias, groups, slot_scale, totals, rows, *grads)
         ctx.mark_non_differentiable(rows)
@@ -358,7 +355,7 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
         else:
             with torch.autocast(hidden.device.type, enabled=False):
                 problem = _Problem(hidden, weight, bias, groups, Coefficients(slot_scale, totals), *ctx.problem_options)
-                gradients = _Gradients(problem, ctx.dtypes)
+                gradients = _Gradients(problem)
                 upstream = upstream.contiguous()
                 for chunk in problem.chunks:
                     logits = problem.logits(chunk)

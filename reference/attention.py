@@ -281,15 +281,21 @@ def tiles(qkv: Tensor, backward: bool) -> tuple[tuple[int, int], dict[str, Any]]
     return (cdiv(num_positions, block), num_images * num_heads), options
 
 
+def empty_outcome(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """Return room for what `rotary_attention` returns."""
+    num_images, num_positions, _, num_heads, head_dim = qkv.shape
+    out = qkv.new_empty((num_images, num_positions, num_heads, head_dim))
+    return out, qkv.new_empty((num_images, num_heads, num_positions), dtype=torch.float32)
+
+
 @torch.library.custom_op("npp_reference::rotary_attention", mutates_args=())
 def rotary_attention(qkv: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
     """Return the attention of ``qkv [B, P, 3, num_heads, head_dim]``, and log2 of its sums ``[B, num_heads, P]``.
 
     One operator in the eyes of `torch.compile`, which need not look into it.
     """
-    num_images, num_positions, _, num_heads, head_dim = qkv.shape
-    out = qkv.new_empty((num_images, num_positions, num_heads, head_dim))
-    lse = qkv.new_empty((num_images, num_heads, num_positions), dtype=torch.float32)
+    num_positions, num_heads, head_dim = qkv.shape[1], qkv.shape[3], qkv.shape[4]
+    out, lse = empty_outcome(qkv)
     grid, options = tiles(qkv, backward=False)
     scale = math.log2(math.e) / math.sqrt(head_dim)
     launch(_forward_kernel, grid, qkv, cosine, sine, out, lse, scale, num_positions, num_heads, **options)
@@ -298,9 +304,7 @@ def rotary_attention(qkv: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor,
 
 @rotary_attention.register_fake
 def _(qkv, cosine, sine):
-    num_images, num_positions, _, num_heads, head_dim = qkv.shape
-    out = qkv.new_empty((num_images, num_positions, num_heads, head_dim))
-    return out, qkv.new_empty((num_images, num_heads, num_positions), dtype=torch.float32)
+    return empty_outcome(qkv)
 
 
 @torch.library.custom_op("npp_reference::rotary_attention_backward", mutates_args=())

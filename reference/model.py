@@ -313,7 +313,7 @@ class Transformer(nn.Module):
 
     def _draw_seeds(self, device: torch.device) -> Sequence[Tensor | None]:
         """Draw the seeds of each layer's dropout, for compiled layers on a GPU; elsewhere PyTorch's own is faster."""
-        if not (self.fast and self.training and device.type == "cuda"):
+        if not (self.fast and self.training and self.config.dropout > 0 and device.type == "cuda"):
             return [None] * len(self.layers)
         # Four for each layer, of which it needs two: compiled code wants its inputs at multiples of 16 bytes.
         return torch.randint(-(2**31), 2**31, (len(self.layers), 4), dtype=torch.int32, device=device).unbind()

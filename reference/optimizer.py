@@ -197,8 +197,8 @@ class FlatAdamW:
         self.config = config
         self.groups = [FlatGroup(part, dtype, part_config) for part, part_config in parts if part]
         # A single gradient stays where autograd left it; several are summed in tensors of their own.
-        self.sums = [torch.zeros_like(group.master) for group in self.groups] if accumulate else []
-        self.gradients = [group.views(flat) for group, flat in zip(self.groups, self.sums, strict=False)]
+        self.accumulate = accumulate
+        self.gradients = [group.views(torch.zeros_like(group.master)) for group in self.groups] if accumulate else []
         device = self.groups[0].master.device
         self.lr = torch.zeros((), device=device)
         self.updates = torch.zeros((), device=device)  # a tensor, since a replayed graph must count on
@@ -217,7 +217,7 @@ class FlatAdamW:
             if missing := [n for n, p in zip(group.names, group.parameters, strict=True) if p.grad is None]:
                 raise ValueError(f"model: expected a gradient of every parameter, got none of {missing[0]}")
         found = [[cast(Tensor, parameter.grad) for parameter in group.parameters] for group in self.groups]
-        if self.sums:
+        if self.accumulate:
             move = torch._foreach_copy_ if first else torch._foreach_add_
             for views, gradients in zip(self.gradients, found, strict=True):
                 move(views, gradients)
@@ -238,7 +238,7 @@ class FlatAdamW:
         scalars = torch.stack((self.lr, factor, correction1, correction2))
         for group, gradients in zip(self.groups, self.gradients, strict=True):
             group.update(gradients, scalars)
-        if not self.sums:
+        if not self.accumulate:
             self.gradients = []  # their memory is the next backward's
         return norm
 
