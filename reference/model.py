@@ -4,8 +4,9 @@ The architecture, its parameters and the names of its state dict are those of th
 2-D rotary embedding, a condition token in front, an untied output layer that starts at zero). A patch changes only what
 enters and what is scored: groups of K tokens, averaged on the way in, and all K scored by one row on the way out.
 
-``Transformer.fast`` is the one switch between fused operations, npp_kernels' and the attention beside this file, and
-the official code's formulation, which unfolds embeddings and repeats fp32 logits; both compute the same numbers.
+``Transformer.fast`` is the one switch between fused operations, npp_kernels' and those of attention and SwiGLU beside
+this file, and the official code's formulation, which unfolds embeddings and repeats fp32 logits. Both compute the same
+numbers.
 
 Source: LlamaGen (arXiv 2406.06525), ``autoregressive/models/gpt.py``; NPP (arXiv 2412.15321), section 3.
 """
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from npp_kernels import group_mean, linear_patch_cross_entropy, ungroup_tokens
 from npp_kernels.grouping import Patch, resolve_grid, resolve_patch
 from reference.attention import Rotary, attend, rotary_embedding, rotate
+from reference.swiglu import gated
 
 NORM_EPS = 1e-5
 INITIAL_STD = 0.02
@@ -190,8 +192,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, fast: bool) -> None:
         super().__init__()
+        self.fast = fast
         self.w1 = nn.Linear(config.dim, config.feed_forward_dim, bias=False)
         self.w3 = nn.Linear(config.dim, config.feed_forward_dim, bias=False)
         self.w2 = nn.Linear(config.feed_forward_dim, config.dim, bias=False)
@@ -199,7 +202,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
         """Transform each position of ``x [B, P, D]``. The seed is that of `dropout`."""
-        return dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training, seed)
+        hidden = gated(x, self.w1.weight, self.w3.weight, fast=self.fast)
+        return dropout(self.w2(hidden), self.dropout, self.training, seed)
 
 
 class Block(nn.Module):
@@ -210,7 +214,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, drop_path_rate: float, fast: bool) -> None:
         super().__init__()
         self.attention = Attention(config, fast)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = FeedForward(config, fast)
         self.attention_norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
         # A tensor, since compiled code is one for all layers, whose rates differ.

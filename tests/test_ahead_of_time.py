@@ -35,7 +35,7 @@ from npp_kernels.group_mean import (
     _segment_sums_kernel,
 )
 from npp_kernels.patch_mean import _patch_mean_kernel
-from reference import attention, optimizer
+from reference import attention, optimizer, swiglu
 from tests.conftest import INTERPRETED
 
 pytestmark = [
@@ -302,7 +302,17 @@ CASES = {
     "gradient K=256 per target": (_loss_kernels._gradient_kernel, gradient_arguments("bf16", 256, True)),
     "scale": (_loss_kernels._scale_kernel, scale_arguments("bf16")),
 }
-OPTIMIZER_CASES = {  # which torch.compile does not see
+
+
+def swiglu_arguments(backward):
+    arguments = {"joined_ptr": "*bf16", "num_channels": "i32", "BLOCK": swiglu.BLOCK}
+    pointers = ("grad_out_ptr", "grad_joined_ptr") if backward else ("out_ptr",)
+    return arguments | dict.fromkeys(pointers, "*bf16")
+
+
+OPAQUE_CASES = {  # which torch.compile does not see: the optimizer's, and those behind an operator
+    "swiglu": (swiglu._swiglu_kernel, swiglu_arguments(False)),
+    "swiglu backward": (swiglu._swiglu_backward_kernel, swiglu_arguments(True)),
     "adamw": (optimizer._adamw_kernel, adamw_arguments("*bf16", None)),
     "adamw fp32 with an average": (optimizer._adamw_kernel, adamw_arguments(None, "*fp32")),
 }
@@ -321,12 +331,12 @@ HOPPER_CASES = {
     "score K=256": (_exponentials._score_exponentials_kernel, score_arguments(256, 2048)),
     "scale_rows": (_exponentials._scale_rows_kernel, scale_rows_arguments()),
 }
-ALL_CASES = CASES | OPTIMIZER_CASES | HOPPER_CASES
+ALL_CASES = CASES | OPAQUE_CASES | HOPPER_CASES
 
 
 @pytest.mark.parametrize(
     ("case", "target"),
-    [*product(CASES | OPTIMIZER_CASES, TARGETS), *((case, "sm_90") for case in HOPPER_CASES)],
+    [*product(CASES | OPAQUE_CASES, TARGETS), *((case, "sm_90") for case in HOPPER_CASES)],
     ids=str,
 )
 def test_compiles_without_spills(case, target, tmp_path):
