@@ -123,22 +123,22 @@ def _store(ptr, positions, num_positions, stride, values):
 
 @triton.jit
 def _load_turned(ptr, cosine_ptr, sine_ptr, positions, num_positions, stride, HEAD_DIM: tl.constexpr):
-    """Load pairs of 16-bit numbers as whole words, and turn them: real and imaginary parts."""
+    """Load one head's channels at some positions, pairs of them as whole words, and turn the pairs."""
     dtype: tl.constexpr = ptr.dtype.element_ty
     cosine, sine = _load_rotary(cosine_ptr, sine_ptr, positions, num_positions, HEAD_DIM // 2)
     words = _load(ptr.to(tl.pointer_type(tl.uint32)), positions, num_positions, stride // 2, HEAD_DIM // 2)
     real = words.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
     imaginary = (words >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-    return (real * cosine - imaginary * sine).to(dtype), (imaginary * cosine + real * sine).to(dtype)
+    turned = tl.join((real * cosine - imaginary * sine).to(dtype), (imaginary * cosine + real * sine).to(dtype))
+    return tl.reshape(turned, (positions.shape[0], HEAD_DIM))
 
 
 @triton.jit
-def _store_turned_back(
-    ptr, cosine_ptr, sine_ptr, positions, num_positions, stride, real, imaginary, HEAD_DIM: tl.constexpr
-):
-    """Turn gradients of pairs back, and store them as whole words."""
+def _store_turned_back(ptr, cosine_ptr, sine_ptr, positions, num_positions, stride, grad, HEAD_DIM: tl.constexpr):
+    """Turn the gradients of pairs back, and store them as whole words."""
     dtype: tl.constexpr = ptr.dtype.element_ty
     cosine, sine = _load_rotary(cosine_ptr, sine_ptr, positions, num_positions, HEAD_DIM // 2)
+    real, imaginary = tl.split(tl.reshape(grad, (positions.shape[0], HEAD_DIM // 2, 2)))
     low = (real * cosine + imaginary * sine).to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
     high = (imaginary * cosine - real * sine).to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
     _store(ptr.to(tl.pointer_type(tl.uint32)), positions, num_positions, stride // 2, (high << 16) | low)
@@ -158,16 +158,15 @@ def _forward_kernel(
     key_ptr, value_ptr = query_ptr + width, query_ptr + 2 * width
 
     rows = block * BLOCK + tl.arange(0, BLOCK)
-    query_real, query_imaginary = _load_turned(query_ptr, cosine_ptr, sine_ptr, rows, num_positions, stride, HEAD_DIM)
+    query = _load_turned(query_ptr, cosine_ptr, sine_ptr, rows, num_positions, stride, HEAD_DIM)
     largest = tl.full((BLOCK,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     mixed = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     for start in range(0, (block + 1) * BLOCK, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        key_real, key_imaginary = _load_turned(key_ptr, cosine_ptr, sine_ptr, columns, num_positions, stride, HEAD_DIM)
+        key = _load_turned(key_ptr, cosine_ptr, sine_ptr, columns, num_positions, stride, HEAD_DIM)
         value = _load(value_ptr, columns, num_positions, stride, HEAD_DIM)
-        scores = tl.dot(query_real, tl.trans(key_real))
-        scores = tl.dot(query_imaginary, tl.trans(key_imaginary), scores) * scale
+        scores = tl.dot(query, tl.trans(key)) * scale
         # A row past the end sees real columns, and its own: no sum is empty.
         scores = tl.where(columns[None, :] <= rows[:, None], scores, -float("inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))
@@ -215,60 +214,44 @@ def _backward_kernel(
     lse_ptr += head.to(tl.int64) * num_positions
 
     here = block * BLOCK + tl.arange(0, BLOCK)
-    key_real, key_imaginary = _load_turned(key_ptr, cosine_ptr, sine_ptr, here, num_positions, stride, HEAD_DIM)
+    key = _load_turned(key_ptr, cosine_ptr, sine_ptr, here, num_positions, stride, HEAD_DIM)
     value = _load(value_ptr, here, num_positions, stride, HEAD_DIM)
     grad_value = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
-    grad_real = tl.zeros((BLOCK, HEAD_DIM // 2), tl.float32)
-    grad_imaginary = tl.zeros((BLOCK, HEAD_DIM // 2), tl.float32)
+    grad_key = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     grad_scores = tl.zeros((BLOCK, BLOCK), value.dtype)
     first, end = block * BLOCK, num_positions
     if WHOLE:
         first, end = 0, BLOCK  # known to the compiler: no loop is left
     for start in range(first, end, BLOCK):
         rows = start + tl.arange(0, BLOCK)
-        query_real, query_imaginary = _load_turned(
-            query_ptr, cosine_ptr, sine_ptr, rows, num_positions, stride, HEAD_DIM
-        )
+        query = _load_turned(query_ptr, cosine_ptr, sine_ptr, rows, num_positions, stride, HEAD_DIM)
         grad_out, mean, lse = _load_outcome(out_ptr, grad_out_ptr, lse_ptr, rows, num_positions, width, HEAD_DIM)
-        scores = tl.dot(key_real, tl.trans(query_real))  # transposed: keys by queries
-        scores = tl.dot(key_imaginary, tl.trans(query_imaginary), scores) * scale
+        scores = tl.dot(key, tl.trans(query)) * scale  # transposed: keys by queries
         p = tl.where(here[:, None] <= rows[None, :], tl.exp2(scores - lse[None, :]), 0.0)
         grad_value = tl.dot(p.to(value.dtype), grad_out, grad_value)
         grad_scores = (p * (tl.dot(value, tl.trans(grad_out)) - mean[None, :])).to(value.dtype)
-        grad_real = tl.dot(grad_scores, query_real, grad_real)
-        grad_imaginary = tl.dot(grad_scores, query_imaginary, grad_imaginary)
+        grad_key = tl.dot(grad_scores, query, grad_key)
     _store(grad_query_ptr + 2 * width, here, num_positions, stride, grad_value)
-    grad_real, grad_imaginary = grad_real * softmax_scale, grad_imaginary * softmax_scale
-    _store_turned_back(
-        grad_query_ptr + width, cosine_ptr, sine_ptr, here, num_positions, stride, grad_real, grad_imaginary, HEAD_DIM
-    )
+    grad_key *= softmax_scale
+    grad_key_ptr = grad_query_ptr + width
+    _store_turned_back(grad_key_ptr, cosine_ptr, sine_ptr, here, num_positions, stride, grad_key, HEAD_DIM)
 
     if WHOLE:
-        grad_real = tl.dot(tl.trans(grad_scores), key_real)
-        grad_imaginary = tl.dot(tl.trans(grad_scores), key_imaginary)
+        grad_query = tl.dot(tl.trans(grad_scores), key)
     else:
-        query_real, query_imaginary = _load_turned(
-            query_ptr, cosine_ptr, sine_ptr, here, num_positions, stride, HEAD_DIM
-        )
+        query = _load_turned(query_ptr, cosine_ptr, sine_ptr, here, num_positions, stride, HEAD_DIM)
         grad_out, mean, lse = _load_outcome(out_ptr, grad_out_ptr, lse_ptr, here, num_positions, width, HEAD_DIM)
-        grad_real = tl.zeros((BLOCK, HEAD_DIM // 2), tl.float32)
-        grad_imaginary = tl.zeros((BLOCK, HEAD_DIM // 2), tl.float32)
+        grad_query = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
         for start in range(0, (block + 1) * BLOCK, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            key_real, key_imaginary = _load_turned(
-                key_ptr, cosine_ptr, sine_ptr, columns, num_positions, stride, HEAD_DIM
-            )
+            key = _load_turned(key_ptr, cosine_ptr, sine_ptr, columns, num_positions, stride, HEAD_DIM)
             value = _load(value_ptr, columns, num_positions, stride, HEAD_DIM)
-            scores = tl.dot(query_real, tl.trans(key_real))
-            scores = tl.dot(query_imaginary, tl.trans(key_imaginary), scores) * scale
+            scores = tl.dot(query, tl.trans(key)) * scale
             p = tl.where(columns[None, :] <= here[:, None], tl.exp2(scores - lse[:, None]), 0.0)
             grad_scores = (p * (tl.dot(grad_out, tl.trans(value)) - mean[:, None])).to(value.dtype)
-            grad_real = tl.dot(grad_scores, key_real, grad_real)
-            grad_imaginary = tl.dot(grad_scores, key_imaginary, grad_imaginary)
-    grad_real, grad_imaginary = grad_real * softmax_scale, grad_imaginary * softmax_scale
-    _store_turned_back(
-        grad_query_ptr, cosine_ptr, sine_ptr, here, num_positions, stride, grad_real, grad_imaginary, HEAD_DIM
-    )
+            grad_query = tl.dot(grad_scores, key, grad_query)
+    grad_query *= softmax_scale
+    _store_turned_back(grad_query_ptr, cosine_ptr, sine_ptr, here, num_positions, stride, grad_query, HEAD_DIM)
 
 
 def tiles(qkv: Tensor, backward: bool) -> tuple[tuple[int, int], dict[str, Any]]:
