@@ -232,6 +232,13 @@ class Block(nn.Module):
         return x + drop_path(transformed, self.drop_path_rate, self.training)
 
 
+def run_layers(layers: Sequence[nn.Module], x: Tensor, rotary: Rotary, seeds: Sequence[Tensor | None]) -> Tensor:
+    """Pass the residual stream through some layers, one after the other."""
+    for layer, own_seeds in zip(layers, seeds, strict=True):
+        x = layer(x, rotary, seeds=own_seeds)
+    return x
+
+
 class Transformer(nn.Module):
     """A class-conditional image model over a grid of tokens.
 
@@ -259,6 +266,8 @@ class Transformer(nn.Module):
         last = max(config.num_layers - 1, 1)
         rates = [config.drop_path * layer / last for layer in range(config.num_layers)]
         self.layers = nn.ModuleList(Block(config, rate, fast) for rate in rates)
+        self.run_layers = run_layers  # some at once: what compiled code replaces
+        self.layers_at_once = config.num_layers
         self.norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         for module in self.modules():
@@ -277,8 +286,10 @@ class Transformer(nn.Module):
         hidden = self.tok_dropout(torch.cat((condition, self._embed(groups, patch)), dim=1))
         positions = torch.arange(rows * columns, device=hidden.device)
         rotary = rotary_embedding(positions, columns, self.config.head_dim)
-        for layer, seeds in zip(self.layers, self._draw_seeds(hidden.device), strict=True):
-            hidden = layer(hidden, rotary, seeds=seeds)
+        layers, seeds = list(self.layers), self._draw_seeds(hidden.device)
+        for first in range(0, len(layers), self.layers_at_once):
+            some = slice(first, first + self.layers_at_once)
+            hidden = self.run_layers(layers[some], hidden, rotary, seeds[some])
         return self.norm(hidden)
 
     def loss(

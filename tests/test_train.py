@@ -2,11 +2,13 @@
 
 import csv
 import doctest
+import functools
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import reference.config
 import reference.optimizer
@@ -203,6 +205,19 @@ def test_state_of_another_model_is_refused():
         other.load(step.state())
     with pytest.raises(ValueError, match="state: expected 'ema'"):
         TrainStep(model_of(), FP32, AdamWConfig(ema=0.9), batch_size=6).load(step.state())
+
+
+# Dynamo looks at .grad of all that goes into a compiled block, activations too.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize(("num_layers", "at_once"), [(6, 3), (5, 1)])
+def test_all_layers_share_what_is_compiled(num_layers, at_once, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    config = ModelConfig(**{**vars(CONFIG), "num_layers": num_layers, "drop_path": 0.2})
+    torch.compiler.reset()
+    before = counters["stats"]["unique_graphs"]
+    step, _ = train_steps(StepConfig(precision="fp32"), patches=(2, 1, 2), model=model_of(config))
+    assert step.model.layers_at_once == at_once
+    assert counters["stats"]["unique_graphs"] - before == 2  # one for each patch
 
 
 def test_loss_compiles_without_a_break():
