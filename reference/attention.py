@@ -201,8 +201,8 @@ def _backward_kernel(
     The keys of block t are seen by the blocks from t on, and its queries see the blocks up to t: together one more than
     there are blocks, so that all programs have the same work. A sequence that is WHOLE in one block needs one pass.
 
-    The other side comes half a block at a time: with 166 registers a thread in place of 236, a multiprocessor runs three
-    programs in place of two.
+    The other side comes half a block at a time: with 166 registers a thread in place of 236, three programs fit on a
+    multiprocessor in place of two.
     """
     INNER: tl.constexpr = BLOCK if WHOLE else BLOCK // 2
     block, head = tl.program_id(0), tl.program_id(1)

@@ -25,10 +25,10 @@ from reference.model import Transformer, run_layers
 from reference.optimizer import AdamWConfig, FlatAdamW, OfficialAdamW
 
 WARMUP_STEPS = 3  # ordinary steps of a stage before its graph is captured: they compile, and make cuBLAS's workspaces
-LAYERS_AT_ONCE = (
-    4  # at the most, that compiled code takes: more fuse what is between layers, and take longer to compile
-)
 SETUP_STEPS = WARMUP_STEPS + 1  # and the one that captures: steps of a stage that take longer than later ones
+# At the most, that compiled code takes: more fuse what is between layers, and take longer to compile. On an H100, B
+# with 64 images takes 24.2 ms at patch 1 with 1 at once, 23.9 with 4, and 23.6 with 12.
+LAYERS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
