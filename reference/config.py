@@ -141,13 +141,14 @@ def read_options(
 ) -> tuple[TrainConfig, argparse.Namespace]:
     """Read a command line: a run, and all options.
 
-    The run is the preset of ``--model``, changed by ``defaults`` and then by the options that are given.
+    The run is the preset of ``--model``, changed by ``defaults`` and then by the options that are given. It needs data,
+    but where there is an option ``--report``, which reads what an earlier run left.
     """
     preset = replace(PRESETS[parser.parse_args(arguments).model], **defaults)
     parser.set_defaults(**vars(preset))
     options = parser.parse_args(arguments)
     config = replace(preset, **{entry.name: getattr(options, entry.name) for entry in fields(TrainConfig)})
-    if not config.data:
+    if not config.data and not getattr(options, "report", False):
         parser.error("--data is needed with this --model: embedded, fashion_mnist, codes:DIR or npz:FILE")
     return config, options
 

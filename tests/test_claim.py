@@ -173,7 +173,7 @@ def test_a_killed_comparison_goes_on_and_trains_nothing_twice(tmp_path, monkeypa
     # What is there is reported without training, and another comparison, or another device, is refused.
     trained.clear()
     text = (tmp_path / "killed" / "report.md").read_text()
-    claim.main([*killed, "--report"])
+    claim.main(["--report", "--output", str(tmp_path / "killed")])
     assert trained == []
     assert (tmp_path / "killed" / "report.md").read_text() == text
     assert f"| plain | 30 | 1 | 1.000 | {outcomes.spread([e.seconds for e in after if e.way == 'plain'], 1)} |" in text
