@@ -14,7 +14,7 @@ Source: LlamaGen (arXiv 2406.06525), ``autoregressive/models/gpt.py``; NPP (arXi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -222,21 +222,36 @@ class Block(nn.Module):
         self.register_buffer("drop_path_rate", rate, persistent=False)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, cached: CachedLayer | None = None, seeds: Tensor | None = None
-    ) -> Tensor:
-        """Add both branches to the residual stream ``x [B, P, D]``; the seeds, two, are those of `dropout`."""
+        self,
+        x: Tensor,
+        normed: Tensor,
+        following: nn.Module,
+        rotary: Rotary,
+        seeds: Tensor | None = None,
+        cached: CachedLayer | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Add both branches to the residual stream, and normalise it for what follows.
+
+        A sum and the norm behind it are one kernel, forward and backward, where both are in one layer's code: compiled
+        layer by layer, nothing is left in between.
+
+        Args:
+            x: the residual stream ``[B, P, D]``.
+            normed: the same, normalised by ``attention_norm``.
+            following: the norm of what follows, the next layer or the output.
+            rotary: as `rotary_embedding` returns it, for these positions.
+            seeds: two, those of `dropout`.
+            cached: where one position is decoded.
+
+        Returns:
+            The residual stream, and the same normalised by ``following``.
+        """
         seed, other_seed = (None, None) if seeds is None else (seeds[0], seeds[1])
-        attended = self.attention(self.attention_norm(x), rotary, cached, seed)
+        attended = self.attention(normed, rotary, cached, seed)
         x = x + drop_path(attended, self.drop_path_rate, self.training)
         transformed = self.feed_forward(self.ffn_norm(x), other_seed)
-        return x + drop_path(transformed, self.drop_path_rate, self.training)
-
-
-def run_layers(layers: Sequence[nn.Module], x: Tensor, rotary: Rotary, seeds: Sequence[Tensor | None]) -> Tensor:
-    """Pass the residual stream through some layers, one after the other."""
-    for layer, own_seeds in zip(layers, seeds, strict=True):
-        x = layer(x, rotary, seeds=own_seeds)
-    return x
+        x = x + drop_path(transformed, self.drop_path_rate, self.training)
+        return x, following(x)
 
 
 class Transformer(nn.Module):
@@ -266,8 +281,7 @@ class Transformer(nn.Module):
         last = max(config.num_layers - 1, 1)
         rates = [config.drop_path * layer / last for layer in range(config.num_layers)]
         self.layers = nn.ModuleList(Block(config, rate, fast) for rate in rates)
-        self.run_layers = run_layers  # some at once: what compiled code replaces
-        self.layers_at_once = config.num_layers
+        self.run_layer: Callable[..., tuple[Tensor, Tensor]] = Block.forward  # what compiled code replaces
         self.norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         for module in self.modules():
@@ -286,11 +300,11 @@ class Transformer(nn.Module):
         hidden = self.tok_dropout(torch.cat((condition, self._embed(groups, patch)), dim=1))
         positions = torch.arange(rows * columns, device=hidden.device)
         rotary = rotary_embedding(positions, columns, self.config.head_dim)
-        layers, seeds = list(self.layers), self._draw_seeds(hidden.device)
-        for first in range(0, len(layers), self.layers_at_once):
-            some = slice(first, first + self.layers_at_once)
-            hidden = self.run_layers(layers[some], hidden, rotary, seeds[some])
-        return self.norm(hidden)
+        norms = self._norms()
+        normed = norms[0](hidden)
+        for layer, following, seeds in zip(self.layers, norms[1:], self._draw_seeds(hidden.device), strict=True):
+            hidden, normed = self.run_layer(layer, hidden, normed, following, rotary, seeds)
+        return normed
 
     def loss(
         self, groups: Tensor, labels: Tensor, patch: Patch = 1, *, num_targets: int | Tensor | None = None
@@ -326,6 +340,10 @@ class Transformer(nn.Module):
             embeddings = unfolded.unflatten(-1, (self.config.dim, -1)).permute(0, 1, 3, 2).mean(2)
         return embeddings[:, :-1]
 
+    def _norms(self) -> list[nn.Module]:
+        """Return the norms at the head of each layer, and of the output."""
+        return [*(cast(Block, layer).attention_norm for layer in self.layers), self.norm]
+
     def _draw_seeds(self, device: torch.device) -> Sequence[Tensor | None]:
         """Draw the seeds of each layer's dropout, for compiled layers on a GPU; elsewhere PyTorch's own is faster."""
         if not (self.fast and self.training and self.config.dropout > 0 and device.type == "cuda"):
@@ -353,6 +371,9 @@ class Transformer(nn.Module):
         position = position.reshape(1)
         rotary = rotary_embedding(position, self.config.grid[1], self.config.head_dim)
         visible = torch.arange(cache.keys.shape[3], device=position.device).unsqueeze(0) <= position
-        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            hidden = layer(hidden, rotary, CachedLayer(keys, values, position, visible))
-        return self.output(self.norm(hidden)).squeeze(1).float()
+        norms = self._norms()
+        normed = norms[0](hidden)
+        for layer, following, keys, values in zip(self.layers, norms[1:], cache.keys, cache.values, strict=True):
+            cached = CachedLayer(keys, values, position, visible)
+            hidden, normed = layer(hidden, normed, following, rotary, cached=cached)
+        return self.output(normed).squeeze(1).float()

@@ -21,14 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from npp_kernels import group_tokens
 from npp_kernels.grouping import Patch
-from reference.model import Transformer, run_layers
+from reference.model import Block, Transformer
 from reference.optimizer import AdamWConfig, FlatAdamW, OfficialAdamW
 
 WARMUP_STEPS = 3  # ordinary steps of a stage before its graph is captured: they compile, and make cuBLAS's workspaces
 SETUP_STEPS = WARMUP_STEPS + 1  # and the one that captures: steps of a stage that take longer than later ones
-# At the most, that compiled code takes: more fuse what is between layers, and take longer to compile. On an H100, B
-# with 64 images takes 24.2 ms at patch 1 with 1 at once, 23.9 with 4, and 23.6 with 12.
-LAYERS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class StepConfig:
     ``precision``: ``"bf16"`` keeps the model in bf16 and master weights in fp32; ``"autocast"`` keeps the model and its
     residual stream in fp32 and multiplies matrices in bf16, as the official code does; ``"fp32"``.
 
-    ``compile``: compile a few layers, for all to share. That is as fast as the whole model, for less set-up: around the
+    ``compile``: compile a layer, for all to share. That is as fast as the whole model, for less set-up: around the
     layers are a few kernels, and the loss, one operation. The official formulation is compiled as a whole.
     """
 
@@ -121,8 +118,7 @@ class TrainStep:
         if config.compile and config.official:
             self._loss = torch.compile(model.loss, **options)
         elif config.compile:
-            model.run_layers = torch.compile(run_layers, **options)
-            model.layers_at_once = max(n for n in range(1, LAYERS_AT_ONCE + 1) if len(model.layers) % n == 0)
+            model.run_layer = torch.compile(Block.forward, **options)
         if self.processes > 1:
             # Averages the gradients of all processes while the backward still computes others.
             self._loss = DistributedDataParallel(Loss(model), gradient_as_bucket_view=True)

@@ -209,14 +209,12 @@ def test_state_of_another_model_is_refused():
 
 # Dynamo looks at .grad of all that goes into a compiled block, activations too.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize(("num_layers", "at_once"), [(6, 3), (5, 1)])
-def test_all_layers_share_what_is_compiled(num_layers, at_once, monkeypatch):
+def test_all_layers_share_what_is_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    config = ModelConfig(**{**vars(CONFIG), "num_layers": num_layers, "drop_path": 0.2})
+    config = ModelConfig(**{**vars(CONFIG), "num_layers": 5, "drop_path": 0.2})
     torch.compiler.reset()
     before = counters["stats"]["unique_graphs"]
-    step, _ = train_steps(StepConfig(precision="fp32"), patches=(2, 1, 2), model=model_of(config))
-    assert step.model.layers_at_once == at_once
+    train_steps(StepConfig(precision="fp32"), patches=(2, 1, 2), model=model_of(config))
     assert counters["stats"]["unique_graphs"] - before == 2  # one for each patch
 
 
