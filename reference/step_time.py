@@ -255,34 +255,32 @@ class Table:
         return None
 
 
-def report(cells: list[dict[str, Any]]) -> str:
+def report(cells: Sequence[dict[str, Any]]) -> str:
     r"""Return the cells, and the schedules' cost in time that follows from them, as Markdown tables.
 
     >>> cells = [{"model": "B", "patch": p, "images": 64, "formulation": f, "median_ms": ms, "images_per_second": 1.0,
     ...           "model_tflops_per_second": 1.0, "peak_gib": None, "device": "GPU"}
     ...          for p, f, ms in [(1, "ours", 20.0), (2, "ours", 5.0), (1, "official", 25.0)]]
-    >>> print(report(cells).split("\n\n")[1])
+    >>> print(report(cells).split("\n\n")[2])
     | model | images | levels | of our plain training | of the official plain training |
     |---|---|---|---|---|
     | B | 64 | 2 | 0.625 | 0.500 |
     """
-    lines = [
-        "| model | images | patch | formulation | ms | images/s | model TFLOP/s | peak GiB | device |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    order = list(SIZES)
-    for cell in sorted(cells, key=lambda cell: (order.index(cell["model"]), cell["images"], -cell["patch"])):
-        name = f"| {cell['model']} | {cell['images']} | {cell['patch']} | {cell['formulation']} |"
-        if "error" in cell:
-            lines.append(f"{name} {cell['error'].splitlines()[0][:80]} | | | | |")
-            continue
-        peak = "" if cell["peak_gib"] is None else f"{cell['peak_gib']:.1f}"
-        speed = f"{cell['images_per_second']:.0f} | {cell['model_tflops_per_second']:.0f}"
-        lines.append(f"{name} {cell['median_ms']:.2f} | {speed} | {peak} | {cell['device']} |")
-    lines += ["", "| model | images | levels | of our plain training | of the official plain training |"]
-    lines.append("|---|---|---|---|---|")
-    times = {key_of(cell): cell["median_ms"] for cell in cells if "error" not in cell}
-    for model, images in dict.fromkeys((cell["model"], cell["images"]) for cell in cells):
+    found = {key_of(cell): cell for cell in cells}
+    rows = sorted({key[:3] for key in found}, key=lambda row: (list(SIZES).index(row[0]), row[2], -row[1]))
+    columns = {"ms": "median_ms", "images/s": "images_per_second"}
+    columns |= {"TFLOP/s": "model_tflops_per_second", "GiB": "peak_gib"}
+    heads = [f"{name}, official | ours" for name in columns]
+    lines = [f"| model | images | patch | {' | '.join(heads)} |", "|" + "---|" * (3 + 2 * len(columns))]
+    for model, patch, images in rows:
+        pair = [found.get((model, patch, images, formulation), {}) for formulation in FORMULATIONS]
+        words = [shown(cell, name) for name in columns.values() for cell in pair]
+        lines.append(f"| {model} | {images} | {patch} | {' | '.join(words)} |")
+    lines += ["", f"Device: {', '.join(sorted({cell['device'] for cell in cells}))}.", ""]
+    lines += ["| model | images | levels | of our plain training | of the official plain training |"]
+    lines += ["|---|---|---|---|---|"]
+    times = {key: cell["median_ms"] for key, cell in found.items() if "error" not in cell}
+    for model, images in dict.fromkeys((model, images) for model, _, images in rows):
         for levels in (2, 3, 4):
             stages = PatchSchedule.coarse_to_fine(levels, 2**levels).stages
             shares = [(stage.end - stage.start) / stages[-1].end for stage in stages]
@@ -292,6 +290,17 @@ def report(cells: list[dict[str, Any]]) -> str:
                 official = times.get((model, 1, images, "official"), math.nan)
                 lines.append(f"| {model} | {images} | {levels} | {cost / ours[-1]:.3f} | {cost / official:.3f} |")
     return "\n".join(lines)
+
+
+def shown(cell: dict[str, Any], name: str) -> str:
+    """Return a figure of a cell as the table shows it; a dash where there is none."""
+    if "error" in cell:
+        return ("out of memory" if cell["out_of_memory"] else "failed") if name == "median_ms" else "-"
+    figure = cell.get(name)
+    if figure is None:
+        return "-"
+    digits = {"median_ms": 2, "peak_gib": 1}.get(name, 0)
+    return f"{figure:.{digits}f}"
 
 
 def plot(cells: Sequence[dict[str, Any]], path: Path) -> None:
