@@ -93,10 +93,12 @@ def attend(qkv: Tensor, rotary: Rotary, *, fast: bool = True) -> Tensor:
 def serves(qkv: Tensor) -> bool:
     """Return whether `rotary_attention` is to be used: on Hopper, for short sequences of 16-bit numbers.
 
-    Elsewhere the backward has more values than a thread has registers (8.0, 10.0), and nothing has been measured.
+    Elsewhere the backward has more values than a thread has registers (8.0, 10.0), and nothing has been measured. The
+    interpreter has no products of bf16.
     """
     fits = qkv.shape[1] <= MAX_POSITIONS and qkv.shape[-1] in HEAD_DIMS
-    return (is_hopper(qkv) or INTERPRETED) and qkv.dtype in (torch.bfloat16, torch.float16) and fits
+    dtypes = (torch.float16,) if INTERPRETED else (torch.bfloat16, torch.float16)
+    return (is_hopper(qkv) or INTERPRETED) and qkv.dtype in dtypes and fits
 
 
 @triton.jit

@@ -78,6 +78,7 @@ def test_the_kernels_serve_short_sequences_of_16_bit_numbers(device, monkeypatch
     runs = INTERPRETED or is_hopper(torch.empty(0, device=device))
     for shape, dtype, served in [
         ((1, 16, 1, 64, 4), torch.float16, True),
+        ((1, 16, 1, 64, 4), torch.bfloat16, not INTERPRETED),
         ((1, 16, 1, 64, 4), torch.float32, False),
         ((1, 16, 1, 64, 4), torch.float64, False),
         ((1, 16, 1, 24, 4), torch.float16, False),
