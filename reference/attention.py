@@ -265,7 +265,7 @@ def tiles(qkv: Tensor, backward: bool) -> tuple[tuple[int, int], dict[str, Any]]
     num_images, num_positions, _, num_heads, head_dim = qkv.shape
     block = 16 if num_positions <= 16 else 64  # the smallest tile of the tensor cores, and what registers can hold
     options = {"HEAD_DIM": head_dim, "BLOCK": block, "num_warps": 4 if block == 64 else 2}
-    # The backward's registers are full: to load ahead of use would spill.
+    # The backward's registers are full: to load ahead of use leaves room for two programs in place of three.
     options |= {"num_stages": 1, "WHOLE": num_positions <= block} if backward else {"num_stages": 2}
     return (cdiv(num_positions, block), num_images * num_heads), options
 

@@ -33,7 +33,7 @@ import torch
 
 from npp_kernels import PatchSchedule
 from reference.codes import load_dataset
-from reference.config import TrainConfig, options_parser, read_options
+from reference.config import TrainConfig, options_parser, read_options, require_data
 from reference.model import ModelConfig
 from reference.outcomes import Outcome, Results, plot, read_results, report
 from reference.train import Run, process_group
@@ -220,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config, options = read_options(parser, arguments, output="runs/claim")
     folder = Path(config.output)
     if not options.report:
+        require_data(parser, config)
         with process_group() as device:
             compare(config, WAYS, [int(seed) for seed in options.seeds.split(",")], device)
     settings, outcomes = read_results(folder / "results.json")

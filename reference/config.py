@@ -141,16 +141,19 @@ def read_options(
 ) -> tuple[TrainConfig, argparse.Namespace]:
     """Read a command line: a run, and all options.
 
-    The run is the preset of ``--model``, changed by ``defaults`` and then by the options that are given. It needs data,
-    but where there is an option ``--report``, which reads what an earlier run left.
+    The run is the preset of ``--model``, changed by ``defaults`` and then by the options that are given.
     """
     preset = replace(PRESETS[parser.parse_args(arguments).model], **defaults)
     parser.set_defaults(**vars(preset))
     options = parser.parse_args(arguments)
     config = replace(preset, **{entry.name: getattr(options, entry.name) for entry in fields(TrainConfig)})
-    if not config.data and not getattr(options, "report", False):
-        parser.error("--data is needed with this --model: embedded, fashion_mnist, codes:DIR or npz:FILE")
     return config, options
+
+
+def require_data(parser: argparse.ArgumentParser, config: TrainConfig) -> None:
+    """End with the parser's message where neither the preset nor an option says what to train on."""
+    if not config.data:
+        parser.error("--data is needed with this --model: embedded, fashion_mnist, codes:DIR or npz:FILE")
 
 
 def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
@@ -160,4 +163,6 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     1.75
     """
     parser = options_parser("python -m reference.train", "Train a class-conditional image model coarse to fine.")
-    return read_options(parser, arguments)[0]
+    config, _ = read_options(parser, arguments)
+    require_data(parser, config)
+    return config

@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from npp_kernels import PatchSchedule
-from reference import claim, first_run, outcomes
+from reference import claim, first_run, outcomes, train
 from reference.claim import WAYS, operations, steps_of
 from reference.config import TrainConfig
 from reference.model import ModelConfig
@@ -183,6 +183,13 @@ def test_a_killed_comparison_goes_on_and_trains_nothing_twice(tmp_path, monkeypa
     monkeypatch.setattr(claim, "device_name", lambda device: "another")
     with pytest.raises(ValueError, match=r"device: expected CPU.*, as in .*, got another"):
         claim.main([*killed, "--seeds", "3,5,7"])
+
+
+@pytest.mark.parametrize("main", [claim.main, train.main])
+def test_data_is_asked_for_where_the_preset_has_none(main, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--model", "S", "--output", str(tmp_path)])
+    assert "--data is needed with this --model" in capsys.readouterr().err
 
 
 def train_one_after_the_other(folder, *others):
