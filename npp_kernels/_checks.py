@@ -97,3 +97,14 @@ def check_id_range(groups: Tensor, vocab_size: int, ignore_index: int | None) ->
     position = tuple(bad.nonzero()[0].tolist())
     error = IndexError if groups.device.type == "cpu" else ValueError
     raise error(f"groups: expected ids in [0, {vocab_size}), got {groups[position].item()} at position {position}")
+
+
+def rows_overlap(tensor: Tensor) -> bool:
+    """Return whether two elements of a tensor may share memory, as those of an expanded one do."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach += stride * (size - 1)
+    return False

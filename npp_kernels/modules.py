@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from npp_kernels.group_mean import group_mean
-from npp_kernels.linear_patch_cross_entropy import linear_patch_cross_entropy
-from npp_kernels.patch_cross_entropy import PatchLossStats, patch_cross_entropy
+from npp_kernels.losses.linear_patch_cross_entropy import linear_patch_cross_entropy
+from npp_kernels.losses.options import LossOptions, PatchLossStats, check_chunk_rows
+from npp_kernels.losses.patch_cross_entropy import patch_cross_entropy
 
 
 class PatchEmbedding(nn.Embedding):
@@ -45,7 +45,7 @@ class PatchEmbedding(nn.Embedding):
 
 
 class PatchCrossEntropyLoss(nn.Module):
-    """`patch_cross_entropy` as a module; its options are set once.
+    """`patch_cross_entropy` as a module; its options are set, and checked, once.
 
     >>> import torch, npp_kernels
     >>> criterion = npp_kernels.PatchCrossEntropyLoss(label_smoothing=0.1)
@@ -54,35 +54,46 @@ class PatchCrossEntropyLoss(nn.Module):
     torch.Size([])
 
     Args:
-        slot_weights: K weights, kept in the state dict's stead as a buffer that is not saved; ones where None.
+        slot_weights: K weights; ones where None. They stay as they are, whatever the module is moved or cast to.
+        class_weight: ``[V]``, one weight for each id, or None; a buffer, and in the state dict, as the weight of
+            `torch.nn.CrossEntropyLoss`.
         ignore_index: see `patch_cross_entropy`, as for all other options.
         normalize: ``"target"``, ``"row"`` or ``"slot"``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         label_smoothing: in [0, 1].
         z_loss: λ of ``λ · lse²``.
         softcap: s of ``s · tanh(z / s)``.
+        token_scaling: multiply each target's loss by its own probability.
         inplace_backward: let the gradient overwrite the logits.
         return_stats: also return `PatchLossStats`.
+
+    Raises:
+        TypeError, ValueError: an option out of its range, or options that exclude each other.
     """
 
-    slot_weights: Tensor | None
+    class_weight: Tensor | None
 
     def __init__(
         self,
         slot_weights: Sequence[float] | Tensor | None = None,
         *,
+        class_weight: Tensor | None = None,
         ignore_index: int = -100,
         normalize: str = "target",
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         softcap: float | None = None,
+        token_scaling: bool = False,
         inplace_backward: bool = False,
         return_stats: bool = False,
     ) -> None:
         super().__init__()
-        weights = None if slot_weights is None else torch.as_tensor(slot_weights, dtype=torch.float32)
-        self.register_buffer("slot_weights", weights, persistent=False)
+        if isinstance(slot_weights, Tensor):
+            slot_weights = slot_weights.tolist()
+        # Numbers of Python, which no cast rounds and no move from the meta device loses.
+        self.slot_weights = None if slot_weights is None else tuple(map(float, slot_weights))
+        self.register_buffer("class_weight", class_weight)
         self.options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "normalize": normalize,
@@ -90,20 +101,27 @@ class PatchCrossEntropyLoss(nn.Module):
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
             "softcap": softcap,
-            "inplace_backward": inplace_backward,
-            "return_stats": return_stats,
+            "token_scaling": token_scaling,
         }
+        LossOptions(slot_weights=self.slot_weights, class_weight=class_weight, **self.options).check()
+        self.options |= {"inplace_backward": inplace_backward, "return_stats": return_stats}
 
     def extra_repr(self) -> str:
         """Return the options for the module's repr."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        options = {"slot_weights": self.slot_weights, **self.options}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
     def forward(
         self, logits: Tensor, groups: Tensor, *, num_targets: float | Tensor | None = None
     ) -> Tensor | tuple[Tensor, PatchLossStats]:
         """Return the loss of ``logits [..., V]`` against ``groups [..., K]``."""
         return patch_cross_entropy(
-            logits, groups, slot_weights=self.slot_weights, num_targets=num_targets, **self.options
+            logits,
+            groups,
+            slot_weights=self.slot_weights,
+            class_weight=self.class_weight,
+            num_targets=num_targets,
+            **self.options,
         )
 
 
@@ -121,6 +139,9 @@ class LinearPatchCrossEntropyLoss(PatchCrossEntropyLoss):
         slot_weights: K weights; ones where None.
         chunk_rows: at most so many rows of logits exist at a time; chosen by V where None.
         options: those of `PatchCrossEntropyLoss`.
+
+    Raises:
+        TypeError, ValueError: an option out of its range, or options that exclude each other.
     """
 
     def __init__(
@@ -131,6 +152,7 @@ class LinearPatchCrossEntropyLoss(PatchCrossEntropyLoss):
         **options,
     ) -> None:
         super().__init__(slot_weights, **options)
+        check_chunk_rows(chunk_rows)
         self.options["chunk_rows"] = chunk_rows
 
     def forward(  # type: ignore[override]
@@ -144,5 +166,12 @@ class LinearPatchCrossEntropyLoss(PatchCrossEntropyLoss):
     ) -> Tensor | tuple[Tensor, PatchLossStats]:
         """Return the loss of ``hidden [..., D]`` times ``weight [V, D]`` against ``groups [..., K]``."""
         return linear_patch_cross_entropy(
-            hidden, weight, groups, bias=bias, slot_weights=self.slot_weights, num_targets=num_targets, **self.options
+            hidden,
+            weight,
+            groups,
+            bias=bias,
+            slot_weights=self.slot_weights,
+            class_weight=self.class_weight,
+            num_targets=num_targets,
+            **self.options,
         )

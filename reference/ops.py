@@ -21,6 +21,7 @@ class PatchLossStats(NamedTuple):
     lse: Tensor
     accuracy: Tensor
     entropy: Tensor
+    prediction: Tensor
 
 
 def group_tokens(tokens: Tensor, patch: tuple[int, int]) -> Tensor:
@@ -41,23 +42,20 @@ def patch_mean(embeddings: Tensor, patch: tuple[int, int]) -> Tensor:
 
 
 def coefficients(
+    weights: Tensor,  # [N, K]: by slot, 0 where ignored
+    class_weights: Tensor,  # [N, K]: by id
     counted: Tensor,  # [N, K] bool
-    slot_weights: Tensor,  # [K]
     normalize: str,
-    reduction: str,
     num_targets: float | Tensor | None,
 ) -> Tensor:
     """Return the coefficient of every target's loss, ``c [N, K]``; a normaliser of zero gives zero."""
-    weights = slot_weights * counted
-    if reduction == "sum":
-        return weights
+    counts = weights * class_weights
     if normalize == "target":
-        return weights / (weights.sum().clamp(min=1e-30) if num_targets is None else num_targets)
+        return weights / (counts.sum().clamp(min=1e-30) if num_targets is None else num_targets)
     if normalize == "row":
-        row_weight = weights.sum(-1, keepdim=True)
-        return weights / row_weight.clamp(min=1e-30) / counted.any(-1).sum().clamp(min=1)
-    slot_count = counted.sum(0)
-    return weights / slot_count.clamp(min=1) / slot_weights[slot_count > 0].sum().clamp(min=1e-30)
+        return weights / counts.sum(-1, keepdim=True).clamp(min=1e-30) / counted.any(-1).sum().clamp(min=1)
+    slot_weights = weights.amax(0)  # of the slots that have a target
+    return weights / (counted * class_weights).sum(0).clamp(min=1e-30) / slot_weights.sum().clamp(min=1e-30)
 
 
 def patch_cross_entropy(
@@ -66,11 +64,13 @@ def patch_cross_entropy(
     *,
     ignore_index: int = -100,
     slot_weights: Sequence[float] | Tensor | None = None,
+    class_weight: Tensor | None = None,
     normalize: str = "target",
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    token_scaling: bool = False,
     num_targets: float | Tensor | None = None,
 ) -> tuple[Tensor, PatchLossStats]:
     """Score each row of logits ``[..., V]`` against its targets ``[..., K]``; return the loss and the statistics."""
@@ -78,26 +78,41 @@ def patch_cross_entropy(
     targets = groups.reshape(-1, groups.shape[-1])
     counted = targets != ignore_index
     safe = targets.masked_fill(~counted, 0)
+    by_id = torch.ones_like(raw[0]) if class_weight is None else class_weight.to(raw)
+    class_weights = by_id[safe]
 
+    # The logsumexp in two parts, maximum + log1p(rest), for their sum may round the second away.
     z = raw if softcap is None else softcap * torch.tanh(raw / softcap)
-    lse = torch.logsumexp(z, -1)
-    nll = lse.unsqueeze(-1) - z.gather(-1, safe)
+    maximum, where = z.max(-1, keepdim=True)
+    below = z - maximum
+    rest = below.exp().scatter(-1, where, 0).sum(-1)
+    log_total = torch.log1p(rest)
+    nll = log_total.unsqueeze(-1) - below.gather(-1, safe)
+    losses = class_weights * nll
     if label_smoothing:
-        nll = (1 - label_smoothing) * nll + label_smoothing * (lse - z.mean(-1)).unsqueeze(-1)
-    losses = nll.masked_fill(~counted, 0)
+        smooth = (by_id * (log_total.unsqueeze(-1) - below)).mean(-1, keepdim=True)
+        losses = (1 - label_smoothing) * losses + label_smoothing * smooth
+    if token_scaling:
+        losses = losses * torch.exp(-nll.detach())
+    losses = losses.masked_fill(~counted, 0)
 
-    p = torch.softmax(z, -1)
-    hit = ((raw.argmax(-1, keepdim=True) == targets) & counted).any(-1)
-    entropy = -torch.xlogy(p, p).sum(-1)
-    rows = groups.shape[:-1]
-    stats = PatchLossStats(lse.detach().view(rows), hit.to(lse.dtype).view(rows), entropy.detach().view(rows))
+    p = below.exp() / (1 + rest).unsqueeze(-1)
+    prediction = raw.argmax(-1)
+    hit = ((prediction.unsqueeze(-1) == targets) & counted).any(-1)
+    entropy = log_total - (p * below).masked_fill(p == 0, 0).sum(-1)
+    lse = maximum.squeeze(-1) + log_total
+    stats = (lse, hit.to(lse.dtype), entropy, prediction)
+    stats = PatchLossStats(*(value.detach().view(groups.shape[:-1]) for value in stats))
 
     if reduction == "none":
         return losses.view(groups.shape), stats
     weights = torch.ones(targets.shape[-1], dtype=z.dtype, device=z.device)
     if slot_weights is not None:
         weights = torch.as_tensor(slot_weights, dtype=z.dtype, device=z.device)
-    loss = (coefficients(counted, weights, normalize, reduction, num_targets) * losses).sum()
+    weights = weights * counted
+    if reduction == "mean":
+        weights = coefficients(weights, class_weights, counted, normalize, num_targets)
+    loss = (weights * losses).sum()
     if z_loss:
         penalties = lse.square() * counted.any(-1)
         loss = loss + z_loss * penalties.sum() / (counted.any(-1).sum().clamp(min=1) if reduction == "mean" else 1)

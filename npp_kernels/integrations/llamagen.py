@@ -17,7 +17,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from npp_kernels.group_mean import group_mean
-from npp_kernels.linear_patch_cross_entropy import linear_patch_cross_entropy
+from npp_kernels.losses.linear_patch_cross_entropy import linear_patch_cross_entropy
 
 
 def patch_inputs(embedding: nn.Embedding, groups: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from npp_kernels.group_mean import group_mean
 from npp_kernels.grouping import group_tokens
-from npp_kernels.patch_cross_entropy import patch_cross_entropy
+from npp_kernels.losses.patch_cross_entropy import patch_cross_entropy
 
 IGNORE_INDEX = -100
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from npp_kernels.group_mean import group_mean
 from npp_kernels.grouping import group_tokens
-from npp_kernels.linear_patch_cross_entropy import linear_patch_cross_entropy
+from npp_kernels.losses.linear_patch_cross_entropy import linear_patch_cross_entropy
 
 LOGIT_SCALES = ("logit_scale", "logits_scaling")  # of Cohere's models, of Granite
 

@@ -8,7 +8,12 @@
 bfloat16 has the range of fp32, so that the exponentials themselves can be stored for any offset o_p that is near the
 row's maximum, and everything that is known only once the whole row is (S, the lse, the coefficients) goes to vectors of
 one number a row. The logits are never stored, F differs from E at the targets alone, and no kernel passes over either:
-what `_loss_kernels` reads and writes again, 4 bytes for every logit, is saved. See `OFFSET_MARGIN` for the offsets.
+what `row_kernels` reads and writes again, 4 bytes for every logit, is saved. See `OFFSET_MARGIN` for the offsets.
+
+Where one target t has more than half of S, its loss and F_pt are differences of nearly equal numbers. There they come
+from R_p = Σ_{v≠t} E_pv, which is exact however small it is:
+
+    lse_p − z_pt = log1p(R_p / E_pt)     F_pt = ((Σ_{j: t_pj ≠ t} c_pj + 2 λ lse_p) E_pt − Σ_{j: t_pj = t} c_pj R_p) / …
 """
 
 from __future__ import annotations
@@ -22,22 +27,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from npp_kernels._dispatch import cdiv, is_hopper, launch, next_power_of_2, num_multiprocessors
-from npp_kernels._loss_kernels import (
-    LossSettings,
-    _find_divisor,
-    _find_weights,
-    _penalty_scale,
-    _slot_options,
-    _sum_equal_weights,
-)
-from npp_kernels._triton_math import LN_2, LOG2_E, divide
+from npp_kernels._triton_math import LN_2, LOG2_E
+from npp_kernels.losses.scores import Scores, score_targets
+from npp_kernels.losses.target_math import find_weights, gradient_terms, load_totals, sum_equal_weights
+from npp_kernels.losses.targets import Targets
 
-# The offset of a row is the maximum over so many of its logits, and a margin, in powers of two. The row's true maximum
-# is no smaller than that of the sample: E is at least 2^-80 there, and what falls below 2^-126 is 2^-46 of that. It may
-# be 180 powers of two, 125 nats, larger than the sample's; a row in which it is larger still is computed again.
+# The offset of a row is the maximum over so many of its logits, and a margin, in powers of two. The sample may hold the
+# row's maximum, beside which all others count in a row that is sure of its target: E is 2^-16 there, and only what is
+# 2^-110 (76 nats) below it falls under 2^-126. The true maximum may be 106 powers of two, 73 nats, larger than the
+# sample's; a row in which it is larger still is computed again.
 SAMPLE_SIZE = 64
-OFFSET_MARGIN = tl.constexpr(80.0)
-MAX_TOTAL = tl.constexpr(2.0**100)
+OFFSET_MARGIN = tl.constexpr(16.0)
+MAX_TOTAL = tl.constexpr(2.0**90)
 SAMPLE_ROWS = 64
 # H100, 2026-11-24: 4,096 rows, V = 16,384, D = 768 in 176 µs, D = 1536 in 294 (cuBLAS without exponentials 153, 284).
 # Tiles of 128×128 take 229 and 407; three stages, and tiles stored at once, 187 and 305.
@@ -143,6 +144,41 @@ def _row_logits(hidden_row, weight_ptr, ids, mask, hidden_size, BLOCK_HIDDEN: tl
     return tl.sum(total, axis=1)
 
 
+@triton.jit
+def _recompute_row(
+    exponentials_row, hidden_row, weight_ptr, sums, vocab_size, hidden_size,
+    TILE: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """Store a row's exponentials for an offset that is right; return it, and their sums by tile."""
+    partials = tl.arange(0, sums.shape[0])
+    maximum = tl.full([BLOCK_VOCAB], float("-inf"), tl.float32)
+    for first in range(0, vocab_size, BLOCK_VOCAB):
+        ids = first + tl.arange(0, BLOCK_VOCAB).to(tl.int64)
+        logits = _row_logits(hidden_row, weight_ptr, ids, ids < vocab_size, hidden_size, BLOCK_HIDDEN, 1)
+        maximum = tl.maximum(maximum, tl.where(ids < vocab_size, logits, float("-inf")))
+    offset = tl.ceil(tl.max(maximum, axis=0) * LOG2_E)
+    sums = tl.zeros_like(sums)
+    for first in range(0, vocab_size, BLOCK_VOCAB):
+        ids = first + tl.arange(0, BLOCK_VOCAB).to(tl.int64)
+        mask = ids < vocab_size
+        logits = _row_logits(hidden_row, weight_ptr, ids, mask, hidden_size, BLOCK_HIDDEN, 1)
+        exponentials = tl.where(mask, tl.exp2(logits * LOG2_E - offset), 0.0)
+        tl.store(exponentials_row + ids, exponentials.to(exponentials_row.dtype.element_ty), mask=mask)
+        sums += tl.where(partials == first // TILE, tl.sum(exponentials, axis=0), 0.0)
+    tl.debug_barrier()  # the stores above come before those at the targets, from other threads
+    return offset, sums
+
+
+@triton.jit
+def _sum_of_rest(exponentials_row, sums, top, vocab_size, TILE: tl.constexpr):
+    """Return the sum of a row's exponentials without that of the id `top`, whose tile is read for it."""
+    tile = top // TILE
+    ids = tile * TILE + tl.arange(0, TILE)
+    others = tl.load(exponentials_row + ids, mask=(ids < vocab_size) & (ids != top), other=0.0).to(tl.float32)
+    other_tiles = tl.where(tl.arange(0, sums.shape[0]) == tile, 0.0, sums)
+    return tl.sum(others, axis=0) + tl.sum(other_tiles, axis=0)
+
+
 @triton.jit(do_not_specialize=["ignore_index", "rows_stride"])
 def _score_exponentials_kernel(
     exponentials_ptr,  # [num_rows, vocab_size] in and out: E becomes F
@@ -152,30 +188,18 @@ def _score_exponentials_kernel(
     weight_ptr,  # [vocab_size, hidden_size]
     groups_ptr,  # [num_rows, GROUP_SIZE]
     slot_scale_ptr,  # [GROUP_SIZE] or None
+    class_weight_ptr,  # [vocab_size + 1] or None
     totals_ptr,  # [2, NUM_PARTIALS] or None
-    rows_ptr,  # [4, num_rows] out: loss, lse
+    rows_ptr,  # [3, num_rows] out: see `Scores`, as for the next
+    probabilities_ptr,  # [num_rows, GROUP_SIZE] out or None
     scales_ptr,  # [num_rows] out: q
     scaled_ptr,  # [num_rows, hidden_size] out: q ⊙ hidden
-    rows_stride,
-    vocab_size,
-    hidden_size,
-    ignore_index,
-    z_loss,
-    NORMALIZE: tl.constexpr,
-    NUM_SUMS: tl.constexpr,
-    BLOCK_SUMS: tl.constexpr,
-    BLOCK_VOCAB: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-    TARGET_HIDDEN: tl.constexpr,
-    TARGET_UNROLL: tl.constexpr,
-    VOCAB_HIDDEN: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-    BLOCK_OTHERS: tl.constexpr,
-    NUM_PARTIALS: tl.constexpr,
-    BLOCK_PARTIALS: tl.constexpr,
-):
+    rows_stride, vocab_size, hidden_size, ignore_index, z_loss,
+    NORMALIZE: tl.constexpr, NUM_SUMS: tl.constexpr, BLOCK_SUMS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, TARGET_HIDDEN: tl.constexpr, TARGET_UNROLL: tl.constexpr,
+    VOCAB_HIDDEN: tl.constexpr, OVERLAP: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    BLOCK_OTHERS: tl.constexpr, NUM_PARTIALS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr,
+):  # fmt: skip
     """One program scores one row, and finds all that its gradient needs beside the exponentials."""
     row = tl.program_id(0).to(tl.int64)
     exponentials_row = exponentials_ptr + row * vocab_size
@@ -185,55 +209,59 @@ def _score_exponentials_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     targets = tl.load(groups_row + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
-    weights, counted, in_range = _find_weights(targets, slots, slot_scale_ptr, vocab_size, ignore_index, GROUP_SIZE)
+    weights, class_weights, counted, in_range = find_weights(
+        targets, slots, slot_scale_ptr, class_weight_ptr, vocab_size, ignore_index, GROUP_SIZE
+    )
     partials = tl.arange(0, BLOCK_SUMS)
     sums = tl.load(sums_ptr + row * NUM_SUMS + partials, mask=partials < NUM_SUMS, other=0.0)
     offset = tl.load(offsets_ptr + row)
+    stored = tl.load(exponentials_row + targets, mask=in_range, other=0.0).to(tl.float32)
     # Exponentials are rounded, and 0 far below the maximum; a target's own logit has to be better than that.
     target_logits = _row_logits(hidden_row, weight_ptr, targets, in_range, hidden_size, TARGET_HIDDEN, TARGET_UNROLL)
-    divisor = _find_divisor(tl.sum(weights, axis=0), totals_ptr, NORMALIZE, NUM_PARTIALS, BLOCK_PARTIALS)
-    penalty = _penalty_scale(totals_ptr, counted, z_loss, NUM_PARTIALS, BLOCK_PARTIALS)
-    coefficients = divide(weights, divisor)
-    equal_weights = _sum_equal_weights(groups_row, targets, weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS)
-
     total = tl.sum(sums, axis=0)
     if total > MAX_TOTAL:  # the sample was no guide to this row, or a logit is infinite; NaN stays as it is
-        maximum = tl.full([BLOCK_VOCAB], float("-inf"), tl.float32)
-        for first in range(0, vocab_size, BLOCK_VOCAB):
-            ids = first + tl.arange(0, BLOCK_VOCAB).to(tl.int64)
-            mask = ids < vocab_size
-            logits = _row_logits(hidden_row, weight_ptr, ids, mask, hidden_size, VOCAB_HIDDEN, 1)
-            maximum = tl.maximum(maximum, tl.where(mask, logits, float("-inf")))
-        offset = tl.ceil(tl.max(maximum, axis=0) * LOG2_E)
-        lane_totals = tl.zeros([BLOCK_VOCAB], tl.float32)
-        for first in range(0, vocab_size, BLOCK_VOCAB):
-            ids = first + tl.arange(0, BLOCK_VOCAB).to(tl.int64)
-            mask = ids < vocab_size
-            logits = _row_logits(hidden_row, weight_ptr, ids, mask, hidden_size, VOCAB_HIDDEN, 1)
-            exponentials = tl.where(mask, tl.exp2(logits * LOG2_E - offset), 0.0)
-            tl.store(exponentials_row + ids, exponentials.to(exponentials_ptr.dtype.element_ty), mask=mask)
-            lane_totals += exponentials
-        total = tl.sum(lane_totals, axis=0)
-        tl.debug_barrier()  # the stores above come before those at the targets, from other threads
+        offset, sums = _recompute_row(
+            exponentials_row, hidden_row, weight_ptr, sums, vocab_size, hidden_size, TILE, BLOCK_VOCAB, VOCAB_HIDDEN
+        )
+        total = tl.sum(sums, axis=0)
+        stored = tl.load(exponentials_row + targets, mask=in_range, other=0.0).to(tl.float32)
 
-    lse = (offset + tl.log2(total)) * LN_2
-    target_losses = tl.where(counted, lse - target_logits, 0.0)
-    loss = tl.sum(tl.where(counted, coefficients * target_losses, 0.0), axis=0)
-    if z_loss is not None:
-        loss += tl.where(penalty == 0, 0.0, penalty * lse * lse)
-    tl.store(rows_ptr + row, loss)
-    tl.store(rows_ptr + rows_stride + row, lse)
-
-    softmax_weight = tl.sum(coefficients, axis=0) + 2.0 * penalty * lse
-    # F = E - c / q has no value for q = 0, to which weights of both signs may add up; 2^-20 of them is no error.
-    least = tl.sum(tl.abs(coefficients), axis=0) * 9.5367431640625e-07
+    # lse = maximum + log1p(rest): from the logarithm of the total, or where one target has more than half of it, exact.
+    maximum = (offset + tl.log2(total) - 1.0) * LN_2
+    rest = tl.full([], 1.0, tl.float32)
+    rest_total = total
+    top_exponential = total * 0.0
+    top = tl.max(tl.where(in_range & (2.0 * stored > total), targets, -1), axis=0)
+    if top >= 0:
+        maximum = tl.max(tl.where(targets == top, target_logits, float("-inf")), axis=0)
+        top_exponential = tl.exp2(maximum * LOG2_E - offset)
+        rest_total = _sum_of_rest(exponentials_row, sums, top, vocab_size, TILE)
+        rest = rest_total / top_exponential
+        total = top_exponential + rest_total
+    weights, divisor, _, slope = score_targets(
+        (rows_ptr, None, probabilities_ptr), (row, rows_stride, slots), (maximum, rest, 0.0),
+        (maximum - target_logits, weights, class_weights, counted, in_range),
+        load_totals(totals_ptr, NUM_PARTIALS, BLOCK_PARTIALS), (None, z_loss, class_weight_ptr, vocab_size), NORMALIZE,
+        GROUP_SIZE,
+    )  # fmt: skip
+    softmax_weight, surplus, _, _ = gradient_terms(
+        weights, class_weights, divisor, slope, None, class_weight_ptr, vocab_size
+    )
+    weights *= class_weights
+    equal_weights = sum_equal_weights(groups_row, targets, weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS)
+    # F = E - c / q has no value for q = 0, to which the two may add up; 2^-20 of them is no error.
+    least = tl.sum(tl.abs(weights), axis=0) / divisor * 9.5367431640625e-07
     softmax_weight = tl.where(tl.abs(softmax_weight) < least, least, softmax_weight)
     scale = softmax_weight / total
     tl.store(scales_ptr + row, scale)
-    target_gradients = tl.exp2(target_logits * LOG2_E - offset) - divide(equal_weights, divisor) / scale
+    coefficients = tl.div_rn(equal_weights, divisor)
+    target_gradients = tl.exp2(target_logits * LOG2_E - offset) - coefficients / scale
+    others = tl.div_rn(tl.sum(tl.where(targets == top, 0.0, weights), axis=0), divisor)
+    at_top = ((others + surplus) * top_exponential - coefficients * rest_total) / softmax_weight
+    target_gradients = tl.where(targets == top, at_top, target_gradients).to(exponentials_ptr.dtype.element_ty)
     idle = softmax_weight == 0
     if idle == 0:
-        tl.store(exponentials_row + targets, target_gradients.to(exponentials_ptr.dtype.element_ty), mask=in_range)
+        tl.store(exponentials_row + targets, target_gradients, mask=in_range)
     for first in range(0, hidden_size, BLOCK_HIDDEN):
         columns = first + tl.arange(0, BLOCK_HIDDEN)
         in_row = columns < hidden_size
@@ -272,19 +300,16 @@ class ScaledGradient(NamedTuple):
     hidden: Tensor  # [N, D]: row_scale ⊙ hidden
 
 
-def serves_exponentials(hidden: Tensor, weight: Tensor, settings: LossSettings) -> bool:
-    """Return whether these products, ``hidden [N, D]`` and ``weight [V, D]``, can be computed this way.
-
-    `torch.compile` gets the other way: what it traces must not depend on a tensor's address.
-    """
+def serves_exponentials(hidden: Tensor, weight: Tensor, targets: Targets, scores: Scores) -> bool:
+    """Return whether these products, ``hidden [N, D]`` and ``weight [V, D]``, can be computed this way."""
     return (
-        not torch.compiler.is_compiling()
-        and is_hopper(hidden)  # the tiles fill its 227 KB of shared memory; what they take on later GPUs does not fit
+        is_hopper(hidden)  # the tiles fill its 227 KB of shared memory; what they take on later GPUs does not fit
         and hidden.dtype == torch.bfloat16
         and hidden.shape[0] >= MIN_ROWS
         and MIN_VOCAB <= weight.shape[0] <= MAX_VOCAB
-        and settings.label_smoothing is None
-        and settings.softcap is None
+        and targets.settings.label_smoothing is None
+        and targets.settings.softcap is None
+        and scores.predictions is None  # statistics need logits
         # The tensor memory accelerator takes multiples of 16 bytes.
         and weight.shape[0] % 8 == 0
         and weight.shape[1] % 8 == 0
@@ -313,19 +338,9 @@ def find_offsets(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def launch_exponentials(
-    hidden: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    groups: Tensor,
-    slot_scale: Tensor | None,
-    totals: Tensor | None,
-    rows: Tensor,
-    settings: LossSettings,
+    hidden: Tensor, weight: Tensor, offsets: Tensor, targets: Targets, scores: Scores
 ) -> ScaledGradient:
-    """Score ``hidden [N, D]`` against ``groups [N, K]``, and return the gradient of the logits.
-
-    Writes the loss and the lse into ``rows [4, N]``.
-    """
+    """Score ``hidden [N, D]``: fill ``scores``, and return the gradient of the logits."""
     num_rows, hidden_size = hidden.shape
     vocab_size = weight.shape[0]
     exponentials = torch.empty((num_rows, vocab_size), dtype=hidden.dtype, device=hidden.device)
@@ -361,23 +376,25 @@ def launch_exponentials(
         offsets,
         hidden,
         weight,
-        groups,
-        slot_scale,
-        totals,
-        rows,
+        targets.groups,
+        targets.slot_scale,
+        targets.class_weight,
+        targets.totals,
+        scores.rows,
+        scores.probabilities,
         scales,
         scaled,
-        rows.stride(0),
+        scores.rows.stride(0),
         vocab_size,
         hidden_size,
-        settings.ignore_index,
-        settings.z_loss,
-        NORMALIZE=settings.normalize,
+        targets.settings.ignore_index,
+        targets.settings.z_loss,
         NUM_SUMS=num_sums,
         BLOCK_SUMS=next_power_of_2(num_sums),
+        TILE=BLOCK_VOCAB,
         early=True,
-        **_score_options(hidden_size, groups.shape[1]),
-        **_slot_options(groups.shape[1], totals),
+        **_score_options(hidden_size, targets.groups.shape[1]),
+        **targets.constants(),
     )
     return ScaledGradient(exponentials, scales, scaled)
 

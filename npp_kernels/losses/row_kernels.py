@@ -1,0 +1,366 @@
+"""The forward kernels of the losses: one row of logits against the K targets of a group, and its gradient where asked.
+
+    dz_pv   = (Σ_j c_pj) · softmax(z_p)_v − Σ_{j: t_pj = v} c_pj          softmax(z_p)_v = exp(z_pv − m_p) / (1 + R_p)
+
+`scores` has the loss, and m and R. A row of up to `MAX_BLOCK_BYTES` stays in registers between its statistics and its
+gradient. A wider one is read twice by the program that owns it, the second time backwards, so that what was read last
+is still in the L2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from npp_kernels._dispatch import launch, next_power_of_2
+from npp_kernels._triton_math import capped, divide, exp
+from npp_kernels.losses.scores import Scores, add_up_losses, score_targets, store_statistics
+from npp_kernels.losses.target_math import (
+    find_weights,
+    gradient_at_targets,
+    gradient_away_from_targets,
+    gradient_terms,
+    load_totals,
+    sum_equal_weights,
+)
+from npp_kernels.losses.targets import Targets
+
+# H100, 2026-11-24, bf16; docs/tuning.md has what else was tried.
+# V = 16,384 in 16 warps runs at the copy rate (0.357 ms for 16,384 rows; 32 warps 0.525); V = 32,768 in 16 warps
+# (0.397 ms for 8,192 rows) beats reading it twice (0.444). V = 65,536 would spill.
+MAX_BLOCK_BYTES = 65536
+WARP_BYTES = 2048
+# Label smoothing, a softcap and the statistics each keep a few values more for every logit.
+MAX_OPTIONS_BYTES = 16384
+# Up to so many rows the last program adds up the loss: 0.024 ms against 0.028 for 256 rows of 16,384, forward and
+# backward. More rows queue up for the one counter: 0.416 against 0.390 for 16,384.
+MAX_TICKETS = 1024
+COLUMN_SPAN = tl.constexpr(32)  # logits of one lane that are read at a time
+
+
+@triton.jit(do_not_specialize=["ignore_index", "rows_stride"])
+def _register_row_kernel(
+    logits_ptr,  # [num_rows, vocab_size]
+    grad_ptr,  # [num_rows, vocab_size] out or None; may be logits_ptr
+    groups_ptr,  # [num_rows, GROUP_SIZE]
+    slot_scale_ptr,  # [GROUP_SIZE] or None
+    class_weight_ptr,  # [vocab_size + 1] or None
+    totals_ptr,  # [2, NUM_PARTIALS] or None
+    rows_ptr,  # [3, num_rows] out, or [6, num_rows] with statistics: see `Scores`, as for the next three
+    losses_ptr,  # [num_rows, GROUP_SIZE] out or None
+    probabilities_ptr,  # [num_rows, GROUP_SIZE] out or None
+    predictions_ptr,  # [num_rows] out, or None: without statistics
+    ticket_ptr,  # [1] in and out, or None: 0 before, num_rows after
+    loss_ptr,  # [] out, if there is a ticket: the sum of the rows' losses
+    logits_stride, grad_stride, rows_stride, vocab_size, ignore_index, label_smoothing, z_loss, softcap,
+    NORMALIZE: tl.constexpr, OVERLAP: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    BLOCK_OTHERS: tl.constexpr, NUM_PARTIALS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """One program scores one row, which it keeps in its registers, and, where asked, writes the row's gradient.
+
+    What does not wait for other loads is loaded first, and what the counts decide comes last: with OVERLAP they may
+    still be counted while the row is read.
+    """
+    PRECISE: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
+    row = tl.program_id(0).to(tl.int64)
+    logits_row = logits_ptr + row * logits_stride
+    groups_row = groups_ptr + row * GROUP_SIZE
+    slots = tl.arange(0, BLOCK_SLOTS)
+    offsets = tl.arange(0, BLOCK_VOCAB // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    mask = offsets < vocab_size
+    raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+    targets = tl.load(groups_row + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
+    weights, class_weights, counted, in_range = find_weights(
+        targets, slots, slot_scale_ptr, class_weight_ptr, vocab_size, ignore_index, GROUP_SIZE
+    )
+    target_logits = capped(tl.load(logits_row + targets, mask=in_range, other=0.0).to(tl.float32), softcap)
+    # Found while the row is on its way, where there are registers to spare for the rest of the time.
+    EARLY: tl.constexpr = not PRECISE and probabilities_ptr is None
+    if EARLY and grad_ptr is not None:
+        equal_weights = sum_equal_weights(
+            groups_row, targets, weights * class_weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS
+        )
+    logits = tl.where(mask, capped(raw, softcap), float("-inf"))
+    maximum = tl.max(tl.max(logits, axis=0), axis=0)
+    exponentials = exp(logits - maximum, PRECISE)
+    total = tl.sum(tl.sum(exponentials, axis=0), axis=0)
+    rest = total - 1.0
+    if total < 2.0:  # one logit has more than half, beside which the others must not be rounded away
+        rest = tl.sum(tl.sum(tl.where(exponentials < 1.0, exponentials, 0.0), axis=0), axis=0)
+    shortfall = 0.0
+    if label_smoothing is not None:
+        below = tl.where(mask, maximum - logits, 0.0)
+        if class_weight_ptr is not None:
+            below *= tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
+        shortfall = tl.sum(tl.sum(below, axis=0), axis=0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()  # for the counting of targets, which comes before; nothing is stored until here
+    place = (row, rows_stride, slots)
+    statistics = (maximum, rest, shortfall)
+    distances = maximum - target_logits
+    weights, divisor, penalty, slope = score_targets(
+        (rows_ptr, losses_ptr, probabilities_ptr), place, statistics,
+        (distances, weights, class_weights, counted, in_range), load_totals(totals_ptr, NUM_PARTIALS, BLOCK_PARTIALS),
+        (label_smoothing, z_loss, class_weight_ptr, vocab_size), NORMALIZE, GROUP_SIZE,
+    )  # fmt: skip
+    if predictions_ptr is not None:
+        weighted = tl.where(exponentials > 0, exponentials * (logits - maximum), 0.0)
+        best = tl.max(tl.max(raw, axis=0), axis=0)
+        arg_max = tl.min(tl.min(tl.where(raw == best, offsets, vocab_size), axis=0), axis=0)
+        weighted_sum = tl.sum(tl.sum(weighted, axis=0), axis=0)
+        hits = in_range & (targets == arg_max)
+        store_statistics((rows_ptr, predictions_ptr), place, statistics, weighted_sum, arg_max, hits)
+    if grad_ptr is not None:
+        softmax_weight, surplus, spread, smoothing_rest = gradient_terms(
+            weights, class_weights, divisor, slope, label_smoothing, class_weight_ptr, vocab_size
+        )
+        idle = (tl.sum(weights, axis=0) == 0) & (penalty == 0)
+        by_id = spread
+        if label_smoothing is not None and class_weight_ptr is not None:
+            by_id = spread * tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
+        weighted_softmax = exponentials * divide(softmax_weight, total)
+        gradient = gradient_away_from_targets(weighted_softmax, logits, by_id, idle, softcap)
+        grad_row = grad_ptr + row * grad_stride
+        tl.store(grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
+        weights *= class_weights
+        if not EARLY:
+            equal_weights = sum_equal_weights(
+                groups_row, targets, weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS
+            )
+        gradient = gradient_at_targets(
+            (distances, in_range, weights, equal_weights, class_weights),
+            (divisor, softmax_weight, surplus, spread, smoothing_rest, rest), target_logits, softcap, PRECISE,
+        )  # fmt: skip
+        tl.debug_barrier()  # the stores above come before those at the targets, from other threads
+        # Equal targets all store the same value, so that the order of the stores does not matter.
+        if idle == 0:
+            tl.store(grad_row + targets, gradient.to(grad_ptr.dtype.element_ty), mask=in_range)
+    if ticket_ptr is not None:
+        add_up_losses(rows_ptr, ticket_ptr, loss_ptr, LANES)
+
+
+@triton.jit
+def _lane_statistics(
+    logits_row, vocab_size, softcap, class_weight_ptr,
+    SMOOTHED: tl.constexpr, WITH_STATS: tl.constexpr, PRECISE: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Read a row and return the statistics of its lanes: lane i has the logits i, i + LANES, and so on.
+
+    Returns:
+        The maximum; the sum of exponentials below it; Σ_v w_v (maximum − z_v) and Σ_v w_v; the sum of the exponentials
+        times (z − maximum); the largest logit before a softcap, and its id.
+    """
+    depth = tl.arange(0, BLOCK_VOCAB // LANES)[:, None] * LANES
+    lanes = tl.arange(0, LANES)[None, :]
+    # The floor is finite: a lane that has seen only -inf must not compute inf - inf.
+    maximum = tl.full([LANES], -3.0e38, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    shortfall = tl.zeros([LANES], tl.float32)
+    seen = tl.zeros([LANES], tl.float32)
+    weighted_sum = tl.zeros([LANES], tl.float32)
+    best = tl.full([LANES], float("-inf"), tl.float32)
+    arg = tl.zeros([LANES], tl.int32) + vocab_size
+    for first in range(0, vocab_size, BLOCK_VOCAB):
+        offsets = first + depth + lanes
+        mask = offsets < vocab_size
+        raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+        logits = tl.where(mask, capped(raw, softcap), float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(logits, axis=0))
+        rescale = exp(maximum - new_maximum, PRECISE)
+        exponentials = exp(logits - new_maximum[None, :], PRECISE)
+        if SMOOTHED:
+            below = tl.where(mask, new_maximum[None, :] - logits, 0.0)
+            weight = tl.where(mask, 1.0, 0.0)
+            if class_weight_ptr is not None:
+                weight = tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
+                below *= weight
+            shortfall += tl.where(seen == 0, 0.0, seen * (new_maximum - maximum)) + tl.sum(below, axis=0)
+            seen += tl.sum(weight, axis=0)
+        if WITH_STATS:
+            weighted = tl.where(exponentials > 0, exponentials * (logits - new_maximum[None, :]), 0.0)
+            shifted = weighted_sum + (maximum - new_maximum) * total
+            weighted_sum = rescale * shifted + tl.sum(weighted, axis=0)
+            tile_best = tl.max(raw, axis=0)
+            tile_arg = tl.min(tl.where(raw == tile_best[None, :], offsets, vocab_size), axis=0)
+            arg = tl.where(tile_best > best, tile_arg, arg)
+            best = tl.maximum(best, tile_best)
+        total = total * rescale + tl.sum(exponentials, axis=0)
+        maximum = new_maximum
+    return maximum, total, shortfall, seen, weighted_sum, best, arg
+
+
+@triton.jit
+def _sum_of_rest(
+    logits_row, vocab_size, softcap, maximum, lane_maximum, lane_total, PRECISE: tl.constexpr, LANES: tl.constexpr
+):
+    """Return a row's sum of exponentials without its maximum, the only logit with more than half of the softmax.
+
+    Only its own lane has added the maximum to what may be smaller by far; that lane is read once more.
+    """
+    lanes = tl.arange(0, LANES)
+    rest = tl.sum(tl.where(lane_maximum < maximum, lane_total * exp(lane_maximum - maximum, PRECISE), 0.0), axis=0)
+    lane = tl.min(tl.where(lane_maximum == maximum, lanes, LANES - 1), axis=0)
+    for first in range(0, vocab_size, COLUMN_SPAN * LANES):
+        offsets = first + tl.arange(0, COLUMN_SPAN) * LANES + lane
+        raw = tl.load(logits_row + offsets, mask=offsets < vocab_size, other=float("-inf")).to(tl.float32)
+        logits = tl.where(offsets < vocab_size, capped(raw, softcap), float("-inf"))
+        rest += tl.sum(tl.where(logits < maximum, exp(logits - maximum, PRECISE), 0.0), axis=0)
+    return rest
+
+
+@triton.jit(do_not_specialize=["ignore_index", "rows_stride"])
+def _wide_row_kernel(
+    logits_ptr,  # [num_rows, vocab_size]
+    grad_ptr,  # [num_rows, vocab_size] out or None; may be logits_ptr
+    groups_ptr,  # [num_rows, GROUP_SIZE]
+    slot_scale_ptr,  # [GROUP_SIZE] or None
+    class_weight_ptr,  # [vocab_size + 1] or None
+    totals_ptr,  # [2, NUM_PARTIALS] or None
+    rows_ptr,  # [3, num_rows] out, or [6, num_rows] with statistics: see `Scores`, as for the next three
+    losses_ptr,  # [num_rows, GROUP_SIZE] out or None
+    probabilities_ptr,  # [num_rows, GROUP_SIZE] out or None
+    predictions_ptr,  # [num_rows] out, or None: without statistics
+    ticket_ptr,  # [1] in and out, or None: 0 before, num_rows after
+    loss_ptr,  # [] out, if there is a ticket: the sum of the rows' losses
+    logits_stride, grad_stride, rows_stride, vocab_size, ignore_index, label_smoothing, z_loss, softcap,
+    NORMALIZE: tl.constexpr, OVERLAP: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    BLOCK_OTHERS: tl.constexpr, NUM_PARTIALS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """One program scores one row, a block at a time, and, where asked, reads it once more for the row's gradient."""
+    PRECISE: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
+    row = tl.program_id(0).to(tl.int64)
+    logits_row = logits_ptr + row * logits_stride
+    groups_row = groups_ptr + row * GROUP_SIZE
+    slots = tl.arange(0, BLOCK_SLOTS)
+    targets = tl.load(groups_row + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
+    weights, class_weights, counted, in_range = find_weights(
+        targets, slots, slot_scale_ptr, class_weight_ptr, vocab_size, ignore_index, GROUP_SIZE
+    )
+    target_logits = capped(tl.load(logits_row + targets, mask=in_range, other=0.0).to(tl.float32), softcap)
+    lane_maximum, lane_total, lane_shortfall, lane_seen, lane_weighted, lane_best, lane_arg = _lane_statistics(
+        logits_row, vocab_size, softcap, class_weight_ptr, label_smoothing is not None, predictions_ptr is not None,
+        PRECISE, BLOCK_VOCAB, LANES,
+    )  # fmt: skip
+    maximum = tl.max(lane_maximum, axis=0)
+    below = lane_maximum - maximum
+    total = tl.sum(lane_total * exp(below, PRECISE), axis=0)
+    rest = total - 1.0
+    if total < 2.0:
+        rest = _sum_of_rest(logits_row, vocab_size, softcap, maximum, lane_maximum, lane_total, PRECISE, LANES)
+    shortfall = tl.sum(tl.where(lane_seen == 0, 0.0, lane_shortfall - lane_seen * below), axis=0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()  # for the counting of targets, which comes before; nothing is stored until here
+    place = (row, rows_stride, slots)
+    statistics = (maximum, rest, shortfall)
+    distances = maximum - target_logits
+    weights, divisor, penalty, slope = score_targets(
+        (rows_ptr, losses_ptr, probabilities_ptr), place, statistics,
+        (distances, weights, class_weights, counted, in_range), load_totals(totals_ptr, NUM_PARTIALS, BLOCK_PARTIALS),
+        (label_smoothing, z_loss, class_weight_ptr, vocab_size), NORMALIZE, GROUP_SIZE,
+    )  # fmt: skip
+    if predictions_ptr is not None:
+        shifted = tl.where(lane_total > 0, exp(below, PRECISE) * (lane_weighted + below * lane_total), 0.0)
+        arg_max = tl.min(tl.where(lane_best == tl.max(lane_best, axis=0), lane_arg, vocab_size), axis=0)
+        hits = in_range & (targets == arg_max)
+        store_statistics((rows_ptr, predictions_ptr), place, statistics, tl.sum(shifted, axis=0), arg_max, hits)
+    if grad_ptr is not None:
+        softmax_weight, surplus, spread, smoothing_rest = gradient_terms(
+            weights, class_weights, divisor, slope, label_smoothing, class_weight_ptr, vocab_size
+        )
+        idle = (tl.sum(weights, axis=0) == 0) & (penalty == 0)
+        scale = divide(softmax_weight, total)
+        grad_row = grad_ptr + row * grad_stride
+        num_blocks = tl.cdiv(vocab_size, BLOCK_VOCAB)
+        for block in range(num_blocks):
+            offsets = (num_blocks - 1 - block) * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
+            mask = offsets < vocab_size
+            # Neither these logits nor their gradients are read again here: they must not drive out of the L2 what
+            # other programs are about to read for the second time.
+            raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf"), eviction_policy="evict_first")
+            logits = tl.where(mask, capped(raw.to(tl.float32), softcap), float("-inf"))
+            by_id = spread
+            if label_smoothing is not None and class_weight_ptr is not None:
+                by_id = spread * tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
+            gradient = gradient_away_from_targets(exp(logits - maximum, PRECISE) * scale, logits, by_id, idle, softcap)
+            gradient = gradient.to(grad_ptr.dtype.element_ty)
+            tl.store(grad_row + offsets, gradient, mask=mask, eviction_policy="evict_first")
+        weights *= class_weights
+        equal_weights = sum_equal_weights(groups_row, targets, weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS)
+        gradient = gradient_at_targets(
+            (distances, in_range, weights, equal_weights, class_weights),
+            (divisor, softmax_weight, surplus, spread, smoothing_rest, rest), target_logits, softcap, PRECISE,
+        )  # fmt: skip
+        tl.debug_barrier()  # the stores above come before those at the targets, from other threads
+        if idle == 0:
+            tl.store(grad_row + targets, gradient.to(grad_ptr.dtype.element_ty), mask=in_range)
+    if ticket_ptr is not None:
+        add_up_losses(rows_ptr, ticket_ptr, loss_ptr, LANES)
+
+
+def _row_options(vocab_size: int, itemsize: int, many_values: bool) -> tuple[bool, dict[str, Any]]:
+    """Return whether a row stays in registers, and its tiling; ``many_values`` where an option keeps more in them."""
+    limit = (MAX_OPTIONS_BYTES if many_values else MAX_BLOCK_BYTES) // itemsize
+    in_registers = vocab_size <= limit
+    block_vocab = max(next_power_of_2(vocab_size), 32) if in_registers else limit
+    max_warps = 8 if many_values else 16 if in_registers else 32
+    num_warps = min(max(block_vocab * itemsize // WARP_BYTES, 1), max_warps)
+    return in_registers, {
+        "BLOCK_VOCAB": block_vocab,
+        "LANES": min(block_vocab, num_warps * 256),
+        "num_warps": num_warps,
+    }
+
+
+def launch_loss(
+    logits: Tensor, grad: Tensor | None, targets: Targets, scores: Scores, ticket: Tensor | None = None
+) -> Tensor | None:
+    """Score ``logits [N, V]``: fill ``scores``, and ``grad [N, V]``, where given, for an upstream of 1.
+
+    ``grad`` may be ``logits``. The ``ticket`` is one from `find_targets` after which nothing was launched: the counting
+    and this may overlap.
+
+    Returns:
+        The sum of the rows' losses, where the kernel could find it on its way.
+    """
+    num_rows, vocab_size = logits.shape
+    settings = targets.settings
+    counted_just_now = ticket is not None
+    loss = None
+    if num_rows > MAX_TICKETS:
+        ticket = None
+    elif ticket is not None:
+        loss = torch.empty((), dtype=torch.float32, device=logits.device)
+    many_values = scores.predictions is not None or settings.label_smoothing is not None or settings.softcap is not None
+    in_registers, row_options = _row_options(vocab_size, logits.element_size(), many_values)
+    launch(
+        _register_row_kernel if in_registers else _wide_row_kernel,
+        (num_rows,),
+        logits,
+        grad,
+        targets.groups,
+        targets.slot_scale,
+        targets.class_weight,
+        targets.totals,
+        *scores,
+        ticket,
+        loss,
+        logits.stride(0),
+        0 if grad is None else grad.stride(0),
+        scores.rows.stride(0),
+        vocab_size,
+        settings.ignore_index,
+        settings.label_smoothing,
+        settings.z_loss,
+        settings.softcap,
+        early=counted_just_now,
+        **targets.constants(),
+        **row_options,
+    )
+    return loss
