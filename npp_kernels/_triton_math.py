@@ -36,14 +36,14 @@ def divide(x, y):
 
 @triton.jit
 def log1p(x):
-    """Return log(1 + x) for x of at least 0, to the last places of fp32 however small x is."""
-    # 2 · artanh(x / (2 + x)); where x < 1 the ratio is below a third, and the term left out 1e-9 of the sum.
+    """Return log(1 + x) for x in [0, 1], to the last places of fp32 however small x is."""
+    # 2 · artanh(x / (2 + x)): the ratio is at most a third, and the term that is left out 1e-9 of the sum.
     ratio = tl.div_rn(x, 2.0 + x)
     square = ratio * ratio
     series = 1.0 / 13.0 + square * (1.0 / 15.0)
     for odd in tl.static_range(11, 0, -2):
         series = 1.0 / odd + square * series
-    return tl.where(x < 1.0, 2.0 * ratio * series, tl.log(1.0 + x))
+    return 2.0 * ratio * series
 
 
 @triton.jit

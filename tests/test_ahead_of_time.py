@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from npp_kernels import _exponentials, _loss_kernels, _segments
+from npp_kernels import _segments
 from npp_kernels._dispatch import TRITON_OVERLAPS
 from npp_kernels.group_mean import (
     CHUNK_SIZE,
@@ -34,6 +34,7 @@ from npp_kernels.group_mean import (
     _group_mean_kernel,
     _segment_sums_kernel,
 )
+from npp_kernels.losses import exponentials, gradient_kernels, row_kernels, targets
 from npp_kernels.patch_mean import _patch_mean_kernel
 from reference import attention, optimizer, swiglu
 from tests.conftest import INTERPRETED
@@ -169,42 +170,50 @@ def segment_starts_arguments():
     }  # fmt: skip
 
 
-def loss_arguments(dtype, vocab_size, group_size, *, everything, totals=True):
-    slots = _loss_kernels._slot_options(group_size, torch.empty(2, 16) if totals else None)
+def loss_targets(group_size, totals=True):
+    groups = torch.empty(1, group_size, device="meta")
+    settings = targets.Settings(-100, "target" if totals else "none", None, None, None, False)
+    return targets.Targets(groups, None, None, torch.empty(2, 16, device="meta") if totals else None, settings)
+
+
+def loss_arguments(dtype, group_size, *, everything, totals=True):
     return {
         "logits_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "groups_ptr": "*i64",
-        "slot_scale_ptr": "*fp32" if everything else None, "totals_ptr": "*fp32" if totals else None,
+        "slot_scale_ptr": "*fp32" if everything else None, "class_weight_ptr": "*fp32" if everything else None,
+        "totals_ptr": "*fp32" if totals else None,
         "rows_ptr": "*fp32", "logits_stride": "i32", "grad_stride": "i32", "rows_stride": "i32", "vocab_size": "i32",
         "ignore_index": "i32",
         "label_smoothing": "fp32" if everything else None, "z_loss": "fp32" if everything else None,
-        "softcap": "fp32" if everything else None, "NORMALIZE": "target" if totals else "none",
-        "OVERLAP": False, **slots,
+        "softcap": "fp32" if everything else None, "OVERLAP": False, **loss_targets(group_size, totals).constants(),
     }  # fmt: skip
 
 
-def row_arguments(dtype, vocab_size, group_size, everything):
-    return {
-        **loss_arguments(dtype, vocab_size, group_size, everything=everything),
-        **_loss_kernels._row_options(vocab_size, 4 if dtype == "fp32" else 2, everything),
-        "losses_ptr": "*fp32" if everything else None, "WITH_STATS": everything, "ticket_ptr": "*i32",
+def row_case(dtype, vocab_size, group_size, everything=False):
+    max_bytes = row_kernels.MAX_SMOOTHED_BYTES if everything else row_kernels.MAX_BLOCK_BYTES
+    in_registers, options = row_kernels._row_options(vocab_size, 4 if dtype == "fp32" else 2, max_bytes)
+    pointer = "*fp32" if everything else None
+    return row_kernels._register_row_kernel if in_registers else row_kernels._wide_row_kernel, {
+        **loss_arguments(dtype, group_size, everything=everything), **options, "losses_ptr": pointer,
+        "probabilities_ptr": pointer, "predictions_ptr": "*i64" if everything else None, "ticket_ptr": "*i32",
         "loss_ptr": "*fp32",
     }  # fmt: skip
 
 
 def gradient_arguments(dtype, group_size, per_target):
     return {
-        **loss_arguments(dtype, 16384, group_size, everything=not per_target, totals=not per_target),
-        "upstream_ptr": "*fp32", "num_rows": "i32", "PER_TARGET": per_target, "SKIP_UNIT": not per_target,
-        "BLOCK_VOCAB": _loss_kernels.GRADIENT_BLOCK, "num_warps": 8,
+        **loss_arguments(dtype, group_size, everything=not per_target, totals=not per_target),
+        "upstream_ptr": None if per_target else "*fp32", "target_upstream_ptr": "*fp32" if per_target else None,
+        "num_rows": "i32", "SKIP_UNIT": not per_target,
+        "BLOCK_VOCAB": gradient_kernels.GRADIENT_BLOCK, "num_warps": 8,
     }  # fmt: skip
 
 
 def count_arguments(group_size):
     return {
-        "groups_ptr": "*i64", "slot_weights_ptr": "*fp32", "totals_ptr": "*fp32", "ticket_ptr": "*i32",
-        "num_rows": "i32", "ignore_index": "i32", "GROUP_SIZE": group_size,
+        "groups_ptr": "*i64", "slot_weights_ptr": "*fp32", "class_weight_ptr": "*fp32", "totals_ptr": "*fp32",
+        "ticket_ptr": "*i32", "num_rows": "i32", "vocab_size": "i32", "ignore_index": "i32", "GROUP_SIZE": group_size,
         "BLOCK_SLOTS": triton.next_power_of_2(group_size), "BLOCK_ROWS": max(
-            _loss_kernels.COUNT_BLOCK // triton.next_power_of_2(group_size), 1
+            targets.COUNT_BLOCK // triton.next_power_of_2(group_size), 1
         ), "OVERLAP": False,
     }  # fmt: skip
 
@@ -212,37 +221,38 @@ def count_arguments(group_size):
 def scale_arguments(dtype):
     return {
         "grad_ptr": f"*{dtype}", "upstream_ptr": "*fp32", "num_rows": "i32", "grad_stride": "i32", "row_size": "i32",
-        "BLOCK": _loss_kernels.GRADIENT_BLOCK, "OVERLAP": False,
+        "BLOCK": gradient_kernels.GRADIENT_BLOCK, "OVERLAP": False,
     }  # fmt: skip
 
 
 def exponentials_arguments(even):
-    rows, vocab, hidden = _exponentials.BLOCK_ROWS, _exponentials.BLOCK_VOCAB, _exponentials.BLOCK_HIDDEN
+    rows, vocab, hidden = exponentials.BLOCK_ROWS, exponentials.BLOCK_VOCAB, exponentials.BLOCK_HIDDEN
     return {
         "sums_ptr": "*fp32", "offsets_ptr": "*fp32", "hidden_desc": f"tensordesc<bf16[{rows}, {hidden}]>",
         "weight_desc": f"tensordesc<bf16[{vocab}, {hidden}]>",
         "exponentials_desc": f"tensordesc<bf16[{rows}, {vocab // 2}]>", "num_rows": "i32", "vocab_size": "i32",
         "hidden_size": "i32", "BLOCK_ROWS": rows, "BLOCK_VOCAB": vocab, "BLOCK_HIDDEN": hidden,
-        "GROUP_ROWS": _exponentials.GROUP_ROWS, "EVEN": even, "num_warps": 8, "num_stages": _exponentials.STAGES,
+        "GROUP_ROWS": exponentials.GROUP_ROWS, "EVEN": even, "num_warps": 8, "num_stages": exponentials.STAGES,
     }  # fmt: skip
 
 
 def offsets_arguments():
     return {
         "hidden_ptr": "*bf16", "weight_ptr": "*bf16", "offsets_ptr": "*fp32", "num_rows": "i32", "vocab_size": "i32",
-        "hidden_size": "i32", "SAMPLE": _exponentials.SAMPLE_SIZE, "BLOCK_ROWS": _exponentials.SAMPLE_ROWS,
-        "BLOCK_HIDDEN": _exponentials.BLOCK_HIDDEN,
+        "hidden_size": "i32", "SAMPLE": exponentials.SAMPLE_SIZE, "BLOCK_ROWS": exponentials.SAMPLE_ROWS,
+        "BLOCK_HIDDEN": exponentials.BLOCK_HIDDEN,
     }  # fmt: skip
 
 
-def score_arguments(group_size, hidden_size):
+def score_arguments(group_size, hidden_size, everything=False):
+    pointer = "*fp32" if everything else None
     return {
         "exponentials_ptr": "*bf16", "sums_ptr": "*fp32", "offsets_ptr": "*fp32", "hidden_ptr": "*bf16",
-        "weight_ptr": "*bf16", "groups_ptr": "*i64", "slot_scale_ptr": "*fp32", "totals_ptr": "*fp32",
-        "rows_ptr": "*fp32", "scales_ptr": "*fp32", "scaled_ptr": "*bf16", "rows_stride": "i32", "vocab_size": "i32",
-        "hidden_size": "i32", "ignore_index": "i32", "z_loss": "fp32", "NORMALIZE": "target", "NUM_SUMS": 64,
-        "BLOCK_SUMS": 64, "OVERLAP": False, **_exponentials._score_options(hidden_size, group_size),
-        **_loss_kernels._slot_options(group_size, torch.empty(2, 16)),
+        "weight_ptr": "*bf16", "groups_ptr": "*i64", "slot_scale_ptr": "*fp32", "class_weight_ptr": pointer,
+        "totals_ptr": "*fp32", "rows_ptr": "*fp32", "probabilities_ptr": pointer, "scales_ptr": "*fp32",
+        "scaled_ptr": "*bf16", "rows_stride": "i32", "vocab_size": "i32", "hidden_size": "i32", "ignore_index": "i32",
+        "z_loss": "fp32", "NUM_SUMS": 64, "BLOCK_SUMS": 64, "TILE": exponentials.BLOCK_VOCAB, "OVERLAP": False,
+        **exponentials._score_options(hidden_size, group_size), **loss_targets(group_size).constants(),
     }  # fmt: skip
 
 
@@ -288,19 +298,20 @@ CASES = {
     "digit_scatter first": (_segments._digit_scatter_kernel, digit_scatter_arguments(0)),
     "digit_scatter later": (_segments._digit_scatter_kernel, digit_scatter_arguments(1)),
     "segment_starts": (_segments._segment_starts_kernel, segment_starts_arguments()),
-    "count_targets": (_loss_kernels._count_targets_kernel, count_arguments(16)),
-    "loss V=16384 K=1": (_loss_kernels._loss_kernel, row_arguments("bf16", 16384, 1, False)),
-    "loss V=16384 K=16": (_loss_kernels._loss_kernel, row_arguments("bf16", 16384, 16, False)),
-    "loss V=16384 K=4 all options": (_loss_kernels._loss_kernel, row_arguments("bf16", 16384, 4, True)),
-    "loss V=32768 K=4": (_loss_kernels._loss_kernel, row_arguments("bf16", 32768, 4, False)),
-    "loss V=16384 K=4 fp32": (_loss_kernels._loss_kernel, row_arguments("fp32", 16384, 4, False)),
-    "loss V=32768 K=4 fp32": (_loss_kernels._loss_kernel, row_arguments("fp32", 32768, 4, False)),
-    "loss V=128256 K=1": (_loss_kernels._loss_kernel, row_arguments("bf16", 128256, 1, False)),
-    "loss V=262144 K=256": (_loss_kernels._loss_kernel, row_arguments("bf16", 262144, 256, False)),
-    "loss V=128256 K=4 all options": (_loss_kernels._loss_kernel, row_arguments("fp32", 128256, 4, True)),
-    "gradient K=4": (_loss_kernels._gradient_kernel, gradient_arguments("fp16", 4, False)),
-    "gradient K=256 per target": (_loss_kernels._gradient_kernel, gradient_arguments("bf16", 256, True)),
-    "scale": (_loss_kernels._scale_kernel, scale_arguments("bf16")),
+    "count_targets": (targets._count_targets_kernel, count_arguments(16)),
+    "loss V=16384 K=1": row_case("bf16", 16384, 1),
+    "loss V=16384 K=16": row_case("bf16", 16384, 16),
+    "loss V=16384 K=4 all options": row_case("bf16", 16384, 4, True),
+    "loss V=32768 K=4": row_case("bf16", 32768, 4),
+    "loss V=16384 K=4 fp32": row_case("fp32", 16384, 4),
+    "loss V=32768 K=4 fp32": row_case("fp32", 32768, 4),
+    "loss V=2048 K=4 fp32 all options": row_case("fp32", 2048, 4, True),
+    "loss V=128256 K=1": row_case("bf16", 128256, 1),
+    "loss V=262144 K=256": row_case("bf16", 262144, 256),
+    "loss V=128256 K=4 all options": row_case("fp32", 128256, 4, True),
+    "gradient K=4": (gradient_kernels._gradient_kernel, gradient_arguments("fp16", 4, False)),
+    "gradient K=256 per target": (gradient_kernels._gradient_kernel, gradient_arguments("bf16", 256, True)),
+    "scale": (gradient_kernels._scale_kernel, scale_arguments("bf16")),
 }
 
 
@@ -322,14 +333,15 @@ HOPPER_CASES = {
     "attention P=16 backward": (attention._backward_kernel, attention_arguments(16, True)),
     "attention P=64 backward": (attention._backward_kernel, attention_arguments(64, True)),
     "attention P=256 backward": (attention._backward_kernel, attention_arguments(256, True)),
-    "exponentials": (_exponentials._exponentials_kernel, exponentials_arguments(True)),
-    "exponentials uneven": (_exponentials._exponentials_kernel, exponentials_arguments(False)),
-    "offsets": (_exponentials._offsets_kernel, offsets_arguments()),
-    "score K=1": (_exponentials._score_exponentials_kernel, score_arguments(1, 768)),
-    "score K=4": (_exponentials._score_exponentials_kernel, score_arguments(4, 768)),
-    "score K=16": (_exponentials._score_exponentials_kernel, score_arguments(16, 1536)),
-    "score K=256": (_exponentials._score_exponentials_kernel, score_arguments(256, 2048)),
-    "scale_rows": (_exponentials._scale_rows_kernel, scale_rows_arguments()),
+    "exponentials": (exponentials._exponentials_kernel, exponentials_arguments(True)),
+    "exponentials uneven": (exponentials._exponentials_kernel, exponentials_arguments(False)),
+    "offsets": (exponentials._offsets_kernel, offsets_arguments()),
+    "score K=1": (exponentials._score_exponentials_kernel, score_arguments(1, 768)),
+    "score K=4": (exponentials._score_exponentials_kernel, score_arguments(4, 768)),
+    "score K=16": (exponentials._score_exponentials_kernel, score_arguments(16, 1536)),
+    "score K=256": (exponentials._score_exponentials_kernel, score_arguments(256, 2048)),
+    "score K=4 all options": (exponentials._score_exponentials_kernel, score_arguments(4, 1536, True)),
+    "scale_rows": (exponentials._scale_rows_kernel, scale_rows_arguments()),
 }
 ALL_CASES = CASES | OPAQUE_CASES | HOPPER_CASES
 
@@ -356,7 +368,7 @@ def test_an_overlapping_kernel_waits_before_it_writes(case):
     """What was launched before may still be reading or writing until then."""
     kernel, arguments = ALL_CASES[case]
     ptx = compile_kernel(kernel, "sm_90", arguments).asm["ptx"]
-    if kernel is _loss_kernels._count_targets_kernel:
+    if kernel is targets._count_targets_kernel:
         # It starts when all before it has ended, and lets the next one start.
         assert "griddepcontrol.launch_dependents" in ptx
         assert "griddepcontrol.wait" not in ptx
@@ -404,6 +416,6 @@ def test_every_kernel_is_covered():
     import reference
 
     defined = set()
-    for path in chain(*(Path(package.__file__).parent.glob("*.py") for package in (npp_kernels, reference))):
+    for path in chain(*(Path(package.__file__).parent.rglob("*.py") for package in (npp_kernels, reference))):
         defined |= set(re.findall(r"^def (_\w+_kernel)\(", path.read_text(), flags=re.MULTILINE))
     assert defined == {kernel.__name__ for kernel, _ in ALL_CASES.values()}

@@ -104,6 +104,7 @@ def narrow_blocks(monkeypatch):
     """Send small rows through the code for rows that are wider than one program's registers."""
     monkeypatch.setattr(row_kernels, "MAX_BLOCK_BYTES", 256)
     monkeypatch.setattr(row_kernels, "MAX_OPTIONS_BYTES", 256)
+    monkeypatch.setattr(row_kernels, "MAX_SMOOTHED_BYTES", 256)
     monkeypatch.setattr(gradient_kernels, "GRADIENT_BLOCK", 32)
 
 

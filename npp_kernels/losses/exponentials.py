@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from npp_kernels._dispatch import cdiv, is_hopper, launch, next_power_of_2, num_multiprocessors
-from npp_kernels._triton_math import LN_2, LOG2_E
+from npp_kernels._triton_math import LN_2, LOG2_E, log1p
 from npp_kernels.losses.scores import Scores, score_targets
 from npp_kernels.losses.target_math import find_weights, gradient_terms, load_totals, sum_equal_weights
 from npp_kernels.losses.targets import Targets
@@ -226,9 +226,10 @@ def _score_exponentials_kernel(
         total = tl.sum(sums, axis=0)
         stored = tl.load(exponentials_row + targets, mask=in_range, other=0.0).to(tl.float32)
 
-    # lse = maximum + log1p(rest): from the logarithm of the total, or where one target has more than half of it, exact.
+    # lse = maximum + log_total: from the logarithm of the total, or, where one target has more than half of it, exact.
     maximum = (offset + tl.log2(total) - 1.0) * LN_2
     rest = tl.full([], 1.0, tl.float32)
+    log_total = tl.full([], 1.0, tl.float32) * LN_2
     rest_total = total
     top_exponential = total * 0.0
     top = tl.max(tl.where(in_range & (2.0 * stored > total), targets, -1), axis=0)
@@ -237,9 +238,10 @@ def _score_exponentials_kernel(
         top_exponential = tl.exp2(maximum * LOG2_E - offset)
         rest_total = _sum_of_rest(exponentials_row, sums, top, vocab_size, TILE)
         rest = rest_total / top_exponential
+        log_total = log1p(rest)
         total = top_exponential + rest_total
     weights, divisor, _, slope = score_targets(
-        (rows_ptr, None, probabilities_ptr), (row, rows_stride, slots), (maximum, rest, 0.0),
+        (rows_ptr, None, probabilities_ptr), (row, rows_stride, slots), (maximum, rest, log_total, 0.0),
         (maximum - target_logits, weights, class_weights, counted, in_range),
         load_totals(totals_ptr, NUM_PARTIALS, BLOCK_PARTIALS), (None, z_loss, class_weight_ptr, vocab_size), NORMALIZE,
         GROUP_SIZE,

@@ -89,7 +89,8 @@ def _gradient_kernel(
         penalty = find_penalty(counted, totals, z_loss) * upstream
         slope = 0.0
         if z_loss is not None:
-            slope = tl.where(penalty == 0, 0.0, 2.0 * penalty * (maximum + log1p(rest)))
+            log_total = tl.where(rest < 1.0, log1p(rest), tl.log(1.0 + rest))
+            slope = tl.where(penalty == 0, 0.0, 2.0 * penalty * (maximum + log_total))
         softmax_weight, surplus, spread, smoothing_rest = gradient_terms(
             weights, class_weights, divisor, slope, label_smoothing, class_weight_ptr, vocab_size
         )

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from npp_kernels._dispatch import launch, next_power_of_2
-from npp_kernels._triton_math import capped, divide, exp
+from npp_kernels._triton_math import capped, divide, exp, log1p
 from npp_kernels.losses.scores import Scores, add_up_losses, score_targets, store_statistics
 from npp_kernels.losses.target_math import (
     find_weights,
@@ -34,8 +34,10 @@ from npp_kernels.losses.targets import Targets
 # (0.397 ms for 8,192 rows) beats reading it twice (0.444). V = 65,536 would spill.
 MAX_BLOCK_BYTES = 65536
 WARP_BYTES = 2048
-# Label smoothing, a softcap and the statistics each keep a few values more for every logit.
+# Label smoothing, a softcap and the statistics each keep a few values more for every logit; smoothing by class weights
+# keeps these besides.
 MAX_OPTIONS_BYTES = 16384
+MAX_SMOOTHED_BYTES = 8192
 # Up to so many rows the last program adds up the loss: 0.024 ms against 0.028 for 256 rows of 16,384, forward and
 # backward. More rows queue up for the one counter: 0.416 against 0.390 for 16,384.
 MAX_TICKETS = 1024
@@ -90,8 +92,10 @@ def _register_row_kernel(
     exponentials = exp(logits - maximum, PRECISE)
     total = tl.sum(tl.sum(exponentials, axis=0), axis=0)
     rest = total - 1.0
+    log_total = tl.log(total)
     if total < 2.0:  # one logit has more than half, beside which the others must not be rounded away
         rest = tl.sum(tl.sum(tl.where(exponentials < 1.0, exponentials, 0.0), axis=0), axis=0)
+        log_total = log1p(rest)
     shortfall = 0.0
     if label_smoothing is not None:
         below = tl.where(mask, maximum - logits, 0.0)
@@ -101,7 +105,7 @@ def _register_row_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_wait()  # for the counting of targets, which comes before; nothing is stored until here
     place = (row, rows_stride, slots)
-    statistics = (maximum, rest, shortfall)
+    statistics = (maximum, rest, log_total, shortfall)
     distances = maximum - target_logits
     weights, divisor, penalty, slope = score_targets(
         (rows_ptr, losses_ptr, probabilities_ptr), place, statistics,
@@ -252,13 +256,15 @@ def _wide_row_kernel(
     below = lane_maximum - maximum
     total = tl.sum(lane_total * exp(below, PRECISE), axis=0)
     rest = total - 1.0
+    log_total = tl.log(total)
     if total < 2.0:
         rest = _sum_of_rest(logits_row, vocab_size, softcap, maximum, lane_maximum, lane_total, PRECISE, LANES)
+        log_total = log1p(rest)
     shortfall = tl.sum(tl.where(lane_seen == 0, 0.0, lane_shortfall - lane_seen * below), axis=0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()  # for the counting of targets, which comes before; nothing is stored until here
     place = (row, rows_stride, slots)
-    statistics = (maximum, rest, shortfall)
+    statistics = (maximum, rest, log_total, shortfall)
     distances = maximum - target_logits
     weights, divisor, penalty, slope = score_targets(
         (rows_ptr, losses_ptr, probabilities_ptr), place, statistics,
@@ -304,18 +310,28 @@ def _wide_row_kernel(
         add_up_losses(rows_ptr, ticket_ptr, loss_ptr, LANES)
 
 
-def _row_options(vocab_size: int, itemsize: int, many_values: bool) -> tuple[bool, dict[str, Any]]:
-    """Return whether a row stays in registers, and its tiling; ``many_values`` where an option keeps more in them."""
-    limit = (MAX_OPTIONS_BYTES if many_values else MAX_BLOCK_BYTES) // itemsize
+def _row_options(vocab_size: int, itemsize: int, max_bytes: int) -> tuple[bool, dict[str, Any]]:
+    """Return whether a row stays in registers, and its tiling, where these hold so many bytes of logits at a time."""
+    limit = max_bytes // itemsize
     in_registers = vocab_size <= limit
     block_vocab = max(next_power_of_2(vocab_size), 32) if in_registers else limit
-    max_warps = 8 if many_values else 16 if in_registers else 32
+    max_warps = 8 if max_bytes < MAX_BLOCK_BYTES else 16 if in_registers else 32
     num_warps = min(max(block_vocab * itemsize // WARP_BYTES, 1), max_warps)
     return in_registers, {
         "BLOCK_VOCAB": block_vocab,
         "LANES": min(block_vocab, num_warps * 256),
         "num_warps": num_warps,
     }
+
+
+def _max_bytes(targets: Targets, scores: Scores) -> int:
+    """Return how many bytes of logits the registers hold beside what the options keep there."""
+    settings = targets.settings
+    if settings.label_smoothing is not None and targets.class_weight is not None:
+        return MAX_SMOOTHED_BYTES
+    if scores.predictions is not None or settings.label_smoothing is not None or settings.softcap is not None:
+        return MAX_OPTIONS_BYTES
+    return MAX_BLOCK_BYTES
 
 
 def launch_loss(
@@ -337,8 +353,7 @@ def launch_loss(
         ticket = None
     elif ticket is not None:
         loss = torch.empty((), dtype=torch.float32, device=logits.device)
-    many_values = scores.predictions is not None or settings.label_smoothing is not None or settings.softcap is not None
-    in_registers, row_options = _row_options(vocab_size, logits.element_size(), many_values)
+    in_registers, row_options = _row_options(vocab_size, logits.element_size(), _max_bytes(targets, scores))
     launch(
         _register_row_kernel if in_registers else _wide_row_kernel,
         (num_rows,),

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npp_kernels._triton_math import exp, log1p
+from npp_kernels._triton_math import exp
 from npp_kernels.losses.target_math import find_divisor, find_penalty
 from npp_kernels.losses.targets import Targets
 
@@ -60,7 +60,7 @@ class Scores(NamedTuple):
 def score_targets(
     pointers,  # rows, losses or None, probabilities or None: they scale the losses where they are asked for
     place,  # the row, the distance between rows of `rows`, the slots
-    statistics,  # the maximum; the sum of exponentials without it; Σ_v w_v (maximum − z_v), for label smoothing
+    statistics,  # the maximum; the sum of exponentials without it, and log1p of that; Σ_v w_v (maximum − z_v)
     targets,  # distances below the maximum, weights by slot, weights by id, who counts, who is valid
     totals,
     options,  # label_smoothing, z_loss, class_weight_ptr, vocab_size
@@ -70,10 +70,9 @@ def score_targets(
     """Store the loss of a row, its maximum and rest; return its weights and what its gradient starts from."""
     rows_ptr, losses_ptr, probabilities_ptr = pointers
     row, rows_stride, slots = place
-    maximum, rest, shortfall = statistics
+    maximum, rest, log_total, shortfall = statistics
     distances, weights, class_weights, counted, in_range = targets
     label_smoothing, z_loss, class_weight_ptr, vocab_size = options
-    log_total = log1p(rest)
     divisor = find_divisor(tl.sum(weights * class_weights, axis=0), totals, NORMALIZE)
     losses = class_weights * (log_total + distances)
     if label_smoothing is not None:
@@ -110,8 +109,7 @@ def store_statistics(pointers, place, statistics, weighted_sum, arg_max, hits):
     """Store a row's lse, accuracy, entropy and prediction; the weighted sum is Σ_v exp(z_v − m) · (z_v − m)."""
     rows_ptr, predictions_ptr = pointers
     row, rows_stride, _ = place
-    maximum, rest, _ = statistics
-    log_total = log1p(rest)
+    maximum, rest, log_total, _ = statistics
     tl.store(rows_ptr + 3 * rows_stride + row, maximum + log_total)
     tl.store(rows_ptr + 4 * rows_stride + row, tl.max(hits.to(tl.float32), axis=0))
     tl.store(rows_ptr + 5 * rows_stride + row, log_total - weighted_sum / (1.0 + rest))

@@ -33,12 +33,13 @@ def find_weights(targets, slots, slot_scale_ptr, class_weight_ptr, vocab_size, i
 @triton.jit
 def load_totals(totals_ptr, NUM_PARTIALS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr):
     """Return the weight of all targets and the number of rows with one; 1 for 0, so that nothing is divided by 0."""
-    if totals_ptr is None:
-        return tl.full([], 1.0, tl.float32), tl.full([], 1.0, tl.float32)
-    partials = tl.arange(0, BLOCK_PARTIALS)
-    mask = partials < NUM_PARTIALS
-    weight = tl.sum(tl.load(totals_ptr + partials, mask=mask, other=0.0), axis=0)
-    rows = tl.sum(tl.load(totals_ptr + NUM_PARTIALS + partials, mask=mask, other=0.0), axis=0)
+    weight = tl.full([], 1.0, tl.float32)
+    rows = tl.full([], 1.0, tl.float32)
+    if totals_ptr is not None:
+        partials = tl.arange(0, BLOCK_PARTIALS)
+        mask = partials < NUM_PARTIALS
+        weight = tl.sum(tl.load(totals_ptr + partials, mask=mask, other=0.0), axis=0)
+        rows = tl.sum(tl.load(totals_ptr + NUM_PARTIALS + partials, mask=mask, other=0.0), axis=0)
     return tl.where(weight == 0, 1.0, weight), tl.where(rows == 0, 1.0, rows)
 
 
@@ -58,8 +59,10 @@ def find_penalty(counted, totals, z_loss):
     """Return what multiplies the squared lse of a row; 0 for a row without a target."""
     penalty = tl.where(tl.max(counted.to(tl.int32), axis=0) > 0, 1.0, 0.0)
     if z_loss is None:
-        return penalty * 0.0
-    return penalty * tl.cast(z_loss, tl.float32) / totals[1]  # torch.compile passes Python numbers as fp64
+        penalty *= 0.0
+    else:
+        penalty *= tl.cast(z_loss, tl.float32) / totals[1]  # torch.compile passes Python numbers as fp64
+    return penalty
 
 
 @triton.jit
@@ -138,10 +141,11 @@ def gradient_at_targets(targets, row, target_logits, softcap, PRECISE: tl.conste
     softmax = exp(-distances, PRECISE) / (1.0 + rest)
     spread = spread * class_weights
     gradient = softmax_weight * softmax - spread - smoothing_rest * tl.div_rn(equal_weights, divisor)
-    sure = known & (tl.where(rest < 1.0, distances, 1.0) == 0.0)
-    others = tl.div_rn(tl.sum(tl.where(sure, 0.0, weights), axis=0), divisor)
-    missing = softmax_weight * tl.div_rn(rest, 1.0 + rest)
-    gradient = tl.where(sure, (smoothing_rest * others + surplus - spread) - missing, gradient)
+    if rest < 1.0:
+        sure = known & (distances == 0.0)
+        others = tl.div_rn(tl.sum(tl.where(sure, 0.0, weights), axis=0), divisor)
+        missing = softmax_weight * tl.div_rn(rest, 1.0 + rest)
+        gradient = tl.where(sure, (smoothing_rest * others + surplus - spread) - missing, gradient)
     if softcap is not None:
         gradient = gradient * cap_derivative(target_logits, softcap)
     return gradient
