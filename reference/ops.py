@@ -84,7 +84,7 @@ def patch_cross_entropy(
     # The logsumexp in two parts, maximum + log1p(rest), for their sum may round the second away.
     z = raw if softcap is None else softcap * torch.tanh(raw / softcap)
     maximum, where = z.max(-1, keepdim=True)
-    below = z - maximum
+    below = (z - maximum).scatter(-1, where, 0)  # the maximum itself is a constant, also to autograd
     rest = below.exp().scatter(-1, where, 0).sum(-1)
     log_total = torch.log1p(rest)
     nll = log_total.unsqueeze(-1) - below.gather(-1, safe)

@@ -12,6 +12,7 @@ OPTIONS = [
     {"normalize": "row", "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0},
     {"normalize": "slot", "slot_weights": (1.0, 0.5, 0.25, 2.0)},
     {"num_targets": 30},
+    {"reduction": "none", "token_scaling": True},
 ]
 
 
@@ -54,30 +55,44 @@ def test_fullgraph_on_the_cpu(options):
 
 
 @pytest.mark.parametrize("wants", [(True, True, True), (False, True, False), (True, False, True)])
-def test_the_operator_in_compiled_code_is_what_it_says(wants, device):
-    """One operator stands for the loss's forward and its gradients: pure, and of the shapes that it promises."""
+@pytest.mark.parametrize(("per_target", "stats", "token_scaling"), [(False, False, False), (True, True, True)])
+def test_the_operators_in_compiled_code_are_what_they_say(wants, per_target, stats, token_scaling, device):
+    """They stand for the two halves of the loss: pure, all written, and of the shapes that they promise."""
     hidden, weight = (torch.randn(rows, 32, device=device) for rows in (20, 64))
     bias, groups = torch.randn(64, device=device), torch.randint(64, (20, 3), device=device)
-    totals = torch.ones(2, 4, device=device)
-    settings = (-100, "target", 0.1, 0.01, 5.0)
-    arguments = (hidden, weight, bias, groups, None, totals, *settings, torch.float32, 6, list(wants), True)
-    operator = torch.ops.npp_kernels.linear_loss_and_gradients
-    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
-    assert len(operator(*arguments)) == 1 + sum(wants)
+    class_weight, totals = torch.rand(65, device=device), torch.ones(2, 4, device=device)
+    settings = (-100, "target", 0.1, 0.01, 5.0, token_scaling)
+    call = (hidden, weight, bias, groups, None, class_weight, totals, *settings, torch.float32, 6, list(wants))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.npp_kernels.linear_loss, (*call, per_target, stats), test_utils=checks)
+    found = torch.ops.npp_kernels.linear_loss(*call, per_target, stats)
+    assert len(found) == 1 + per_target + stats + token_scaling + sum(wants)
+    again = torch.ops.npp_kernels.linear_loss(*call, per_target, stats)
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    probabilities = found[1 + per_target] if token_scaling else None
+    for upstream in (torch.tensor(2.0, device=device), torch.rand(20, 3, device=device)):
+        arguments = (*call, found[0], probabilities, upstream)
+        torch.library.opcheck(torch.ops.npp_kernels.linear_gradients, arguments, test_utils=checks)
+        assert len(torch.ops.npp_kernels.linear_gradients(*arguments)) == sum(wants)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_shapes_that_change_on_the_cpu(dynamic):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_shapes_that_change_on_the_cpu(dynamic, reduction):
+    """One code for any number of rows, and of chunks: torch.compile gives up after eight."""
+
     def losses(table, head, groups):
         hidden = npp_kernels.group_mean(table, groups)
-        fused = npp_kernels.linear_patch_cross_entropy(hidden, head, groups, z_loss=0.1)
-        loss = npp_kernels.patch_cross_entropy(hidden @ head.t(), groups, softcap=5.0)
+        fused = npp_kernels.linear_patch_cross_entropy(
+            hidden, head, groups, label_smoothing=0.1, chunk_rows=3, reduction=reduction
+        ).sum()
+        loss = npp_kernels.patch_cross_entropy(hidden @ head.t(), groups, softcap=5.0, reduction=reduction).sum()
         return fused + loss, fused.detach()
 
     torch._dynamo.reset()
     compiled = torch.compile(losses, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     table, head, _ = make_inputs("cpu")
-    for length in (24, 32):
+    for length in range(8, 48, 4):
         groups = npp_kernels.group_tokens(torch.randint(64, (2, length)), (4,))
         for actual, expected in zip(
             gradients(compiled, table, head, groups), gradients(losses, table, head, groups), strict=True

@@ -87,7 +87,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 class _Products:
     """The products of one call, in their dtype: logits by chunk, and the gradients that are gathered from them."""
 
-    def __init__(self, layer: Layer, plan: Plan) -> None:
+    def __init__(self, layer: Layer, plan: Plan, *, spare: bool = True) -> None:
         self.given, self.wants = layer, plan.wants
         hidden, weight, bias = layer
         self.hidden = hidden.to(plan.dtype)
@@ -95,7 +95,7 @@ class _Products:
         self.bias = None if bias is None else bias.to(plan.dtype)
         self.wide = torch.promote_types(plan.dtype, torch.float32)
         # The fp32 gradient of the weight is a buffer of its own where the weight has another dtype.
-        summed_apart = plan.wants[1] and weight.dtype != self.wide
+        summed_apart = spare and plan.wants[1] and weight.dtype != self.wide
         spare_rows = self.wide.itemsize * weight.shape[1] // plan.dtype.itemsize if summed_apart else 0
         self.chunks = list(find_chunks(hidden.shape[0], weight.shape[0], plan.chunk_rows, spare_rows))
         self.grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if plan.wants[0] else None
@@ -192,7 +192,8 @@ def loss_and_gradients(layer: Layer, targets: Targets, plan: Plan, scores: Score
 def gradients_from_scores(layer: Layer, targets: Targets, plan: Plan, scores: Scores, upstream: Tensor) -> Gradients:
     """Return the wanted gradients for an ``upstream [] or [N, K]``, from the ``scores`` of the forward."""
     with torch.autocast(layer.hidden.device.type, enabled=False):
-        products = _Products(layer, plan)
+        # The forward, which wanted no gradients, had no spare rows: the same chunks give the same logits.
+        products = _Products(layer, plan, spare=False)
         upstream = upstream.contiguous()
         for chunk in products.chunks:
             logits = products.logits(chunk)

@@ -73,7 +73,7 @@ def _gradient_kernel(
         offsets = first + tl.arange(0, BLOCK_VOCAB)
         mask = offsets < vocab_size
         if EARLY:
-            raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+            raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf"))
         targets = tl.load(groups_row + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
         weights, class_weights, counted, in_range = find_weights(
             targets, slots, slot_scale_ptr, class_weight_ptr, vocab_size, ignore_index, GROUP_SIZE
@@ -84,41 +84,42 @@ def _gradient_kernel(
             per_target = tl.load(target_upstream_ptr + row * GROUP_SIZE + slots, mask=counted, other=0.0)
             weights = tl.where(counted, weights * per_target.to(tl.float32), 0.0)
         weights = tl.where(counted, weights * upstream, 0.0)
+        # Unequal upstream gradients can cancel in the sum; a row is idle only where every weight is 0.
+        idle = tl.sum(tl.where(weights != 0, 1, 0), axis=0) == 0
         maximum = tl.load(rows_ptr + row)
-        rest = tl.load(rows_ptr + rows_stride + row)
-        penalty = find_penalty(counted, totals, z_loss) * upstream
+        rest = tl.load(rows_ptr + (row + rows_stride))
         slope = 0.0
         if z_loss is not None:
+            penalty = find_penalty(counted, totals, z_loss) * upstream
+            idle = idle & (penalty == 0)
             log_total = tl.where(rest < 1.0, log1p(rest), tl.log(1.0 + rest))
             slope = tl.where(penalty == 0, 0.0, 2.0 * penalty * (maximum + log_total))
         softmax_weight, surplus, spread, smoothing_rest = gradient_terms(
             weights, class_weights, divisor, slope, label_smoothing, class_weight_ptr, vocab_size
         )
-        # Unequal upstream gradients can cancel in the sum; a row is idle only where every weight is 0.
-        idle = (tl.sum(tl.where(weights != 0, 1, 0), axis=0) == 0) & (penalty == 0)
         weights *= class_weights
         equal_weights = sum_equal_weights(groups_row, targets, weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS)
 
         # Targets of this block only; the others belong to programs of their own.
         in_block = in_range & (targets >= first) & (targets < first + BLOCK_VOCAB)
         target_logits = capped(tl.load(logits_row + targets, mask=in_block, other=0.0).to(tl.float32), softcap)
+        at_targets = gradient_at_targets(
+            (maximum - target_logits, in_block, weights, equal_weights, class_weights),
+            (divisor, softmax_weight, surplus, spread, smoothing_rest, rest), target_logits, softcap, PRECISE,
+        )  # fmt: skip
         if not EARLY:
-            raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+            raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf"))
         tl.debug_barrier()  # in place, a target's logit is read before its neighbours' gradients are written
-        logits = capped(raw, softcap)
+        logits = capped(raw.to(tl.float32), softcap)
         by_id = spread
         if label_smoothing is not None and class_weight_ptr is not None:
             by_id = spread * tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
         weighted_softmax = exp(logits - maximum, PRECISE) * divide(softmax_weight, 1.0 + rest)
         gradient = gradient_away_from_targets(weighted_softmax, logits, by_id, idle, softcap)
         tl.store(grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
-        gradient = gradient_at_targets(
-            (maximum - target_logits, in_block, weights, equal_weights, class_weights),
-            (divisor, softmax_weight, surplus, spread, smoothing_rest, rest), target_logits, softcap, PRECISE,
-        )  # fmt: skip
         tl.debug_barrier()  # the stores above come before those at the targets, from other threads
         if idle == 0:
-            tl.store(grad_row + targets, gradient.to(grad_ptr.dtype.element_ty), mask=in_block)
+            tl.store(grad_row + targets, at_targets.to(grad_ptr.dtype.element_ty), mask=in_block)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

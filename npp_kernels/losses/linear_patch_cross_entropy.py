@@ -134,10 +134,9 @@ def _empty_gradients(layer: Layer, plan: Plan) -> list[Tensor]:
     ]
 
 
-def _apart(gradients: list[Tensor], wants: Sequence[bool]) -> Gradients:
-    """Return the wanted gradients in their places."""
-    hidden, weight, bias = (gradients.pop(0) if want else None for want in wants)
-    return hidden, weight, bias
+def _in_their_places(present: list[Tensor], there: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Return the tensors that an operator returned, and None for what was not there."""
+    return tuple(present[sum(there[:index])] if is_there else None for index, is_there in enumerate(there))
 
 
 def _run_loss(layer: Layer, targets: Targets, request: Request) -> tuple[Scores, Gradients]:
@@ -147,11 +146,10 @@ def _run_loss(layer: Layer, targets: Targets, request: Request) -> tuple[Scores,
         scores = Scores.empty(targets, plan.dtype, per_target=request.per_target, stats=request.stats)
         return scores, loss_and_gradients(layer, targets, plan, scores)
     found = _linear_loss(*_flattened(layer, targets, plan), request.per_target, request.stats)
-    there = (request.per_target, targets.settings.token_scaling, request.stats)
-    rows = found.pop(0)
-    losses, probabilities, predictions = (found.pop(0) if is_there else None for is_there in there)
-    scores = Scores(rows, losses, probabilities, predictions)
-    return scores, _apart(found, plan.wants)
+    there = (request.per_target, targets.settings.token_scaling, request.stats, *plan.wants)
+    losses, probabilities, predictions, *grads = _in_their_places(found[1:], there)
+    hidden, weight, bias = grads
+    return Scores(found[0], losses, probabilities, predictions), (hidden, weight, bias)
 
 
 class _LinearPatchCrossEntropy(torch.autograd.Function):
@@ -184,7 +182,7 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
             grads = [_scaled(grad, upstream) for grad in grads]
         elif torch.compiler.is_compiling():
             arguments = _flattened(layer, targets, request.plan)
-            grads = _apart(_linear_gradients(*arguments, rows, probabilities, upstream), request.plan.wants)
+            grads = _in_their_places(_linear_gradients(*arguments, rows, probabilities, upstream), request.plan.wants)
         else:
             scores = Scores(rows, None, probabilities, None)
             grads = gradients_from_scores(layer, targets, request.plan, scores, upstream)

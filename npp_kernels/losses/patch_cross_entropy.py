@@ -161,12 +161,13 @@ def patch_cross_entropy(
         normalize: ``"target"``, ``"row"`` or ``"slot"``; used by ``reduction="mean"``.
         reduction: ``"mean"``; ``"sum"``, with ``c_pj = w_j m_pj``; or ``"none"``, the loss of every target.
         label_smoothing: in [0, 1], as in `F.cross_entropy`.
-        z_loss: λ of the penalty ``λ · lse²``, averaged over the rows with a target, or summed under ``"sum"``.
+        z_loss: λ of the penalty ``λ · lse²``, averaged over this call's rows with a target, with ``num_targets`` too,
+            or summed under ``"sum"``.
         softcap: s of ``s · tanh(z / s)``, which is applied to the logits before everything else.
         token_scaling: multiply each target's loss by its probability, taken as a constant (``use_token_scaling`` in
             Liger Kernel). Divisors and the z-loss stay as they are.
         num_targets: a number or a 0-d tensor that replaces the divisor of ``"target"``: the targets of the whole batch,
-            over all micro-batches or ranks. It is not read on the host.
+            over all micro-batches or ranks; 0 counts as 1. It is not read on the host.
         inplace_backward: let the gradient overwrite the logits. They belong to the loss from the call on: it may write
             at once, and there can be only one backward. Under `torch.compile`, which plans memory itself, it has no
             effect.

@@ -38,10 +38,12 @@ WARP_BYTES = 2048
 # keeps these besides.
 MAX_OPTIONS_BYTES = 16384
 MAX_SMOOTHED_BYTES = 8192
+SMOOTHED_WARP_BYTES = 1024
 # Up to so many rows the last program adds up the loss: 0.024 ms against 0.028 for 256 rows of 16,384, forward and
 # backward. More rows queue up for the one counter: 0.416 against 0.390 for 16,384.
 MAX_TICKETS = 1024
 COLUMN_SPAN = tl.constexpr(32)  # logits of one lane that are read at a time
+FLOOR = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "rows_stride"])
@@ -104,7 +106,7 @@ def _register_row_kernel(
         shortfall = tl.sum(tl.sum(below, axis=0), axis=0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()  # for the counting of targets, which comes before; nothing is stored until here
-    place = (row, rows_stride, slots)
+    place = (row, tl.cast(rows_stride, tl.int64), slots)
     statistics = (maximum, rest, log_total, shortfall)
     distances = maximum - target_logits
     weights, divisor, penalty, slope = score_targets(
@@ -116,14 +118,16 @@ def _register_row_kernel(
         weighted = tl.where(exponentials > 0, exponentials * (logits - maximum), 0.0)
         best = tl.max(tl.max(raw, axis=0), axis=0)
         arg_max = tl.min(tl.min(tl.where(raw == best, offsets, vocab_size), axis=0), axis=0)
+        arg_max = tl.where(arg_max == vocab_size, 0, arg_max)  # of a row that is NaN
         weighted_sum = tl.sum(tl.sum(weighted, axis=0), axis=0)
-        hits = in_range & (targets == arg_max)
-        store_statistics((rows_ptr, predictions_ptr), place, statistics, weighted_sum, arg_max, hits)
+        store_statistics((rows_ptr, predictions_ptr), place, statistics, weighted_sum, arg_max, targets, in_range)
     if grad_ptr is not None:
         softmax_weight, surplus, spread, smoothing_rest = gradient_terms(
             weights, class_weights, divisor, slope, label_smoothing, class_weight_ptr, vocab_size
         )
-        idle = (tl.sum(weights, axis=0) == 0) & (penalty == 0)
+        idle = tl.sum(weights, axis=0) == 0
+        if z_loss is not None:
+            idle = idle & (penalty == 0)
         by_id = spread
         if label_smoothing is not None and class_weight_ptr is not None:
             by_id = spread * tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
@@ -149,7 +153,7 @@ def _register_row_kernel(
 
 
 @triton.jit
-def _lane_statistics(
+def _lanes(
     logits_row, vocab_size, softcap, class_weight_ptr,
     SMOOTHED: tl.constexpr, WITH_STATS: tl.constexpr, PRECISE: tl.constexpr,
     BLOCK_VOCAB: tl.constexpr, LANES: tl.constexpr,
@@ -157,16 +161,17 @@ def _lane_statistics(
     """Read a row and return the statistics of its lanes: lane i has the logits i, i + LANES, and so on.
 
     Returns:
-        The maximum; the sum of exponentials below it; Σ_v w_v (maximum − z_v) and Σ_v w_v; the sum of the exponentials
-        times (z − maximum); the largest logit before a softcap, and its id.
+        The maximum; the sum of exponentials below it; for label smoothing one of the logits, Σ_v w_v (that one − z_v),
+        and Σ_v w_v; the sum of the exponentials times (z − maximum); the largest logit before a softcap, and its id.
     """
     depth = tl.arange(0, BLOCK_VOCAB // LANES)[:, None] * LANES
     lanes = tl.arange(0, LANES)[None, :]
-    # The floor is finite: a lane that has seen only -inf must not compute inf - inf.
-    maximum = tl.full([LANES], -3.0e38, tl.float32)
+    # The floor is the least finite number: a lane that has seen only -inf must not compute inf - inf.
+    maximum = tl.full([LANES], FLOOR, tl.float32)
     total = tl.zeros([LANES], tl.float32)
+    anchor = tl.zeros([LANES], tl.float32)
     shortfall = tl.zeros([LANES], tl.float32)
-    seen = tl.zeros([LANES], tl.float32)
+    weight = tl.zeros([LANES], tl.float32)
     weighted_sum = tl.zeros([LANES], tl.float32)
     best = tl.full([LANES], float("-inf"), tl.float32)
     arg = tl.zeros([LANES], tl.int32) + vocab_size
@@ -179,13 +184,14 @@ def _lane_statistics(
         rescale = exp(maximum - new_maximum, PRECISE)
         exponentials = exp(logits - new_maximum[None, :], PRECISE)
         if SMOOTHED:
-            below = tl.where(mask, new_maximum[None, :] - logits, 0.0)
-            weight = tl.where(mask, 1.0, 0.0)
+            # Relative to a logit like the others, so that an offset of all does not matter.
+            anchor = tl.where((first == 0) & (new_maximum > FLOOR), new_maximum, anchor)
+            below = tl.where(mask, anchor[None, :] - logits, 0.0)
             if class_weight_ptr is not None:
-                weight = tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
-                below *= weight
-            shortfall += tl.where(seen == 0, 0.0, seen * (new_maximum - maximum)) + tl.sum(below, axis=0)
-            seen += tl.sum(weight, axis=0)
+                class_weights = tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
+                below *= class_weights
+                weight += tl.sum(class_weights, axis=0)
+            shortfall += tl.sum(below, axis=0)
         if WITH_STATS:
             weighted = tl.where(exponentials > 0, exponentials * (logits - new_maximum[None, :]), 0.0)
             shifted = weighted_sum + (maximum - new_maximum) * total
@@ -196,7 +202,9 @@ def _lane_statistics(
             best = tl.maximum(best, tile_best)
         total = total * rescale + tl.sum(exponentials, axis=0)
         maximum = new_maximum
-    return maximum, total, shortfall, seen, weighted_sum, best, arg
+    if class_weight_ptr is None:
+        weight = tl.cdiv(vocab_size - tl.arange(0, LANES), LANES).to(tl.float32)
+    return maximum, total, (anchor, shortfall, weight), (weighted_sum, best, arg)
 
 
 @triton.jit
@@ -248,7 +256,7 @@ def _wide_row_kernel(
         targets, slots, slot_scale_ptr, class_weight_ptr, vocab_size, ignore_index, GROUP_SIZE
     )
     target_logits = capped(tl.load(logits_row + targets, mask=in_range, other=0.0).to(tl.float32), softcap)
-    lane_maximum, lane_total, lane_shortfall, lane_seen, lane_weighted, lane_best, lane_arg = _lane_statistics(
+    lane_maximum, lane_total, (anchor, lane_shortfall, lane_weight), (lane_weighted, lane_best, lane_arg) = _lanes(
         logits_row, vocab_size, softcap, class_weight_ptr, label_smoothing is not None, predictions_ptr is not None,
         PRECISE, BLOCK_VOCAB, LANES,
     )  # fmt: skip
@@ -260,10 +268,12 @@ def _wide_row_kernel(
     if total < 2.0:
         rest = _sum_of_rest(logits_row, vocab_size, softcap, maximum, lane_maximum, lane_total, PRECISE, LANES)
         log_total = log1p(rest)
-    shortfall = tl.sum(tl.where(lane_seen == 0, 0.0, lane_shortfall - lane_seen * below), axis=0)
+    shortfall = 0.0
+    if label_smoothing is not None:
+        shortfall = tl.sum(lane_shortfall + lane_weight * (maximum - anchor), axis=0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()  # for the counting of targets, which comes before; nothing is stored until here
-    place = (row, rows_stride, slots)
+    place = (row, tl.cast(rows_stride, tl.int64), slots)
     statistics = (maximum, rest, log_total, shortfall)
     distances = maximum - target_logits
     weights, divisor, penalty, slope = score_targets(
@@ -274,13 +284,16 @@ def _wide_row_kernel(
     if predictions_ptr is not None:
         shifted = tl.where(lane_total > 0, exp(below, PRECISE) * (lane_weighted + below * lane_total), 0.0)
         arg_max = tl.min(tl.where(lane_best == tl.max(lane_best, axis=0), lane_arg, vocab_size), axis=0)
-        hits = in_range & (targets == arg_max)
-        store_statistics((rows_ptr, predictions_ptr), place, statistics, tl.sum(shifted, axis=0), arg_max, hits)
+        arg_max = tl.where(arg_max == vocab_size, 0, arg_max)  # of a row that is NaN, or -inf throughout
+        weighted_sum = tl.sum(shifted, axis=0)
+        store_statistics((rows_ptr, predictions_ptr), place, statistics, weighted_sum, arg_max, targets, in_range)
     if grad_ptr is not None:
         softmax_weight, surplus, spread, smoothing_rest = gradient_terms(
             weights, class_weights, divisor, slope, label_smoothing, class_weight_ptr, vocab_size
         )
-        idle = (tl.sum(weights, axis=0) == 0) & (penalty == 0)
+        idle = tl.sum(weights, axis=0) == 0
+        if z_loss is not None:
+            idle = idle & (penalty == 0)
         scale = divide(softmax_weight, total)
         grad_row = grad_ptr + row * grad_stride
         num_blocks = tl.cdiv(vocab_size, BLOCK_VOCAB)
@@ -316,7 +329,8 @@ def _row_options(vocab_size: int, itemsize: int, max_bytes: int) -> tuple[bool, 
     in_registers = vocab_size <= limit
     block_vocab = max(next_power_of_2(vocab_size), 32) if in_registers else limit
     max_warps = 8 if max_bytes < MAX_BLOCK_BYTES else 16 if in_registers else 32
-    num_warps = min(max(block_vocab * itemsize // WARP_BYTES, 1), max_warps)
+    warp_bytes = SMOOTHED_WARP_BYTES if max_bytes == MAX_SMOOTHED_BYTES else WARP_BYTES
+    num_warps = min(max(block_vocab * itemsize // warp_bytes, 1), max_warps)
     return in_registers, {
         "BLOCK_VOCAB": block_vocab,
         "LANES": min(block_vocab, num_warps * 256),

@@ -86,7 +86,8 @@ def score_targets(
         probabilities = exp(-distances, True) / (1.0 + rest)
         tl.store(probabilities_ptr + row * GROUP_SIZE + slots, probabilities, mask=slots < GROUP_SIZE)
         losses = tl.where(counted, losses * probabilities, 0.0)
-    loss = tl.div_rn(tl.sum(tl.where(counted, weights * losses, 0.0), axis=0), divisor)
+    # A target that weighs nothing may have an infinite loss.
+    loss = tl.div_rn(tl.sum(tl.where(weights == 0, 0.0, weights * losses), axis=0), divisor)
     penalty = find_penalty(counted, totals, z_loss)
     slope = 0.0
     if z_loss is not None:
@@ -105,12 +106,13 @@ def score_targets(
 
 
 @triton.jit
-def store_statistics(pointers, place, statistics, weighted_sum, arg_max, hits):
+def store_statistics(pointers, place, statistics, weighted_sum, arg_max, targets, in_range):
     """Store a row's lse, accuracy, entropy and prediction; the weighted sum is Σ_v exp(z_v − m) · (z_v − m)."""
     rows_ptr, predictions_ptr = pointers
     row, rows_stride, _ = place
     maximum, rest, log_total, _ = statistics
     tl.store(rows_ptr + 3 * rows_stride + row, maximum + log_total)
+    hits = in_range & (targets == arg_max)
     tl.store(rows_ptr + 4 * rows_stride + row, tl.max(hits.to(tl.float32), axis=0))
     tl.store(rows_ptr + 5 * rows_stride + row, log_total - weighted_sum / (1.0 + rest))
     tl.store(predictions_ptr + row, arg_max.to(tl.int64))

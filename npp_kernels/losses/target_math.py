@@ -57,11 +57,10 @@ def find_divisor(row_weight, totals, NORMALIZE: tl.constexpr):
 @triton.jit
 def find_penalty(counted, totals, z_loss):
     """Return what multiplies the squared lse of a row; 0 for a row without a target."""
-    penalty = tl.where(tl.max(counted.to(tl.int32), axis=0) > 0, 1.0, 0.0)
-    if z_loss is None:
-        penalty *= 0.0
-    else:
-        penalty *= tl.cast(z_loss, tl.float32) / totals[1]  # torch.compile passes Python numbers as fp64
+    penalty = 0.0
+    if z_loss is not None:
+        scale = tl.cast(z_loss, tl.float32) / totals[1]  # torch.compile passes Python numbers as fp64
+        penalty = tl.where(tl.max(counted.to(tl.int32), axis=0) > 0, scale, 0.0)
     return penalty
 
 

@@ -74,7 +74,8 @@ def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
         maximum, arg_max = z.max(1, keepdim=True)
         below = z - maximum
         exponentials = torch.exp(below)
-        rest = exponentials.scatter_(1, arg_max, 0).sum(1)  # one maximum must not round the others away
+        # One maximum must not round the others away; where it is infinite or NaN, so is what comes of it.
+        rest = exponentials.scatter_(1, arg_max, 0).sum(1) + (maximum - maximum).squeeze(1)
         log_total = torch.log1p(rest)
         nll = log_total.unsqueeze(1) - below.gather(1, groups.masked_fill(~counted, 0).long())
         of_ids = class_weights if isinstance(class_weights, float) else class_weights[chunk]
@@ -90,7 +91,8 @@ def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
             scores.probabilities[chunk] = probabilities
             losses = losses * probabilities
         losses = losses.masked_fill(~counted, 0)
-        loss = (coefficients[chunk] * losses).sum(1)
+        # A target that weighs nothing may have an infinite loss.
+        loss = (coefficients[chunk] * losses).masked_fill(coefficients[chunk] == 0, 0).sum(1)
         lse = maximum.squeeze(1) + log_total
         if settings.z_loss is not None:
             loss = loss + (penalty[chunk] * lse.square()).masked_fill(penalty[chunk] == 0, 0)
