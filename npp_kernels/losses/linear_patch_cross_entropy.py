@@ -29,8 +29,8 @@ from npp_kernels._dispatch import runs_kernels
 from npp_kernels.losses.chunks import Gradients, Layer, Plan, gradients_from_scores, loss_and_gradients
 from npp_kernels.losses.gradient_kernels import launch_scale
 from npp_kernels.losses.options import LossOptions, PatchLossStats, check_chunk_rows
-from npp_kernels.losses.patch_cross_entropy import handed_out, shaped_result
-from npp_kernels.losses.scores import LOSS, Scores
+from npp_kernels.losses.patch_cross_entropy import handed_out, returned, shaped_result
+from npp_kernels.losses.scores import Scores
 from npp_kernels.losses.targets import Settings, Targets, find_targets
 
 
@@ -159,10 +159,7 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
         scores, grads = _run_loss(Layer(hidden, weight, bias), targets, request)
         ctx.request, ctx.ran = request, False
         ctx.save_for_backward(hidden, weight, bias, *targets[:-1], scores.rows, scores.probabilities, *grads)
-        ctx.mark_non_differentiable(scores.rows, *() if scores.predictions is None else (scores.predictions,))
-        ctx.set_materialize_grads(False)
-        loss = scores.rows[LOSS].sum() if scores.losses is None else scores.losses
-        return loss, scores.rows, scores.predictions
+        return returned(ctx, None, scores)
 
     @staticmethod
     @first_order_only("linear_patch_cross_entropy")
@@ -317,5 +314,4 @@ def linear_patch_cross_entropy(
     per_target = reduction == "none"
     early = any(wants) and not per_target and dtype != torch.float16
     request = Request(targets.settings, Plan(dtype, chunk_rows, wants), early, per_target, return_stats)
-    loss, rows, predictions = _LinearPatchCrossEntropy.apply(*layer, *targets[:-1], request)
-    return shaped_result(loss, rows, predictions, groups)
+    return shaped_result(_LinearPatchCrossEntropy.apply(*layer, *targets[:-1], request), groups)

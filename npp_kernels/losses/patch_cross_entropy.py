@@ -14,7 +14,7 @@ CPU): logits once forward, logits and gradient once backward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,14 +39,25 @@ class Wishes(NamedTuple):
     stats: bool
 
 
-def shaped_result(
-    loss: Tensor, rows: Tensor, predictions: Tensor | None, groups: Tensor
-) -> Tensor | tuple[Tensor, PatchLossStats]:
-    """Return the loss, per target in the shape of ``groups``, and the statistics, where there are predictions."""
+def returned(ctx: Any, loss: Tensor | None, scores: Scores) -> tuple[Tensor, ...]:
+    """Return what an autograd function returns: the loss, and for statistics the rows and the predictions."""
+    if loss is None:
+        loss = scores.rows[LOSS].sum() if scores.losses is None else scores.losses
+    ctx.set_materialize_grads(False)
+    if scores.predictions is None:
+        return (loss,)
+    ctx.mark_non_differentiable(scores.rows, scores.predictions)
+    return loss, scores.rows, scores.predictions
+
+
+def shaped_result(results: tuple[Tensor, ...], groups: Tensor) -> Tensor | tuple[Tensor, PatchLossStats]:
+    """Return the loss, per target in the shape of ``groups``, and the statistics, where there are any."""
+    loss, *found = results
     if loss.ndim:
         loss = loss.view(groups.shape)
-    if predictions is None:
+    if not found:
         return loss
+    rows, predictions = found
     shape = groups.shape[:-1]
     lse, accuracy, entropy = (rows[row].float().view(shape) for row in (LSE, ACCURACY, ENTROPY))
     return loss, PatchLossStats(lse, accuracy, entropy, predictions.view(shape))
@@ -77,13 +88,9 @@ class _PatchCrossEntropy(torch.autograd.Function):
                 loss = launch_loss(logits, grad, targets, scores, ticket)
         else:
             torch_loss(logits, targets, scores)
-        if loss is None:
-            loss = scores.rows[LOSS].sum() if scores.losses is None else scores.losses
         ctx.save_for_backward(logits, *targets[:-1], scores.rows, scores.probabilities, grad)
         ctx.settings, ctx.inplace, ctx.ran = settings, inplace, False
-        ctx.mark_non_differentiable(scores.rows, *() if scores.predictions is None else (scores.predictions,))
-        ctx.set_materialize_grads(False)
-        return loss, scores.rows, scores.predictions
+        return returned(ctx, loss, scores)
 
     @staticmethod
     @first_order_only("patch_cross_entropy")
@@ -224,5 +231,5 @@ def patch_cross_entropy(
     targets, ticket = find_targets(flat_groups, options, like=logits)
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     wishes = Wishes(reduction == "none", wants_grad, inplace, return_stats)
-    loss, rows, predictions = _PatchCrossEntropy.apply(flat_logits, *targets[:-1], ticket, targets.settings, wishes)
-    return shaped_result(loss, rows, predictions, groups)
+    results = _PatchCrossEntropy.apply(flat_logits, *targets[:-1], ticket, targets.settings, wishes)
+    return shaped_result(results, groups)

@@ -256,7 +256,7 @@ def _wide_row_kernel(
         targets, slots, slot_scale_ptr, class_weight_ptr, vocab_size, ignore_index, GROUP_SIZE
     )
     target_logits = capped(tl.load(logits_row + targets, mask=in_range, other=0.0).to(tl.float32), softcap)
-    lane_maximum, lane_total, (anchor, lane_shortfall, lane_weight), (lane_weighted, lane_best, lane_arg) = _lanes(
+    lane_maximum, lane_total, smoothed, others = _lanes(
         logits_row, vocab_size, softcap, class_weight_ptr, label_smoothing is not None, predictions_ptr is not None,
         PRECISE, BLOCK_VOCAB, LANES,
     )  # fmt: skip
@@ -270,6 +270,7 @@ def _wide_row_kernel(
         log_total = log1p(rest)
     shortfall = 0.0
     if label_smoothing is not None:
+        anchor, lane_shortfall, lane_weight = smoothed
         shortfall = tl.sum(lane_shortfall + lane_weight * (maximum - anchor), axis=0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()  # for the counting of targets, which comes before; nothing is stored until here
@@ -282,6 +283,7 @@ def _wide_row_kernel(
         (label_smoothing, z_loss, class_weight_ptr, vocab_size), NORMALIZE, GROUP_SIZE,
     )  # fmt: skip
     if predictions_ptr is not None:
+        lane_weighted, lane_best, lane_arg = others
         shifted = tl.where(lane_total > 0, exp(below, PRECISE) * (lane_weighted + below * lane_total), 0.0)
         arg_max = tl.min(tl.where(lane_best == tl.max(lane_best, axis=0), lane_arg, vocab_size), axis=0)
         arg_max = tl.where(arg_max == vocab_size, 0, arg_max)  # of a row that is NaN, or -inf throughout
