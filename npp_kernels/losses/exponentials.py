@@ -242,7 +242,7 @@ def _score_exponentials_kernel(
         total = top_exponential + rest_total
     place = (row, tl.cast(rows_stride, tl.int64), slots)
     weights, divisor, _, slope = score_targets(
-        (rows_ptr, None, probabilities_ptr), place, (maximum, rest, log_total, 0.0),
+        (rows_ptr, None, probabilities_ptr), place, (maximum, rest, log_total, 0.0, 0.0),
         (maximum - target_logits, weights, class_weights, counted, in_range),
         load_totals(totals_ptr, NUM_PARTIALS, BLOCK_PARTIALS), (None, z_loss, class_weight_ptr, vocab_size), NORMALIZE,
         GROUP_SIZE,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from npp_kernels._dispatch import launch, next_power_of_2
 from npp_kernels._triton_math import capped, divide, exp, log1p
-from npp_kernels.losses.scores import Scores, add_up_losses, score_targets, store_statistics
+from npp_kernels.losses.scores import Scores, add_up_losses, find_anchor, score_targets, store_statistics
 from npp_kernels.losses.target_math import (
     find_weights,
     gradient_at_targets,
@@ -34,16 +34,45 @@ from npp_kernels.losses.targets import Targets
 # (0.397 ms for 8,192 rows) beats reading it twice (0.444). V = 65,536 would spill.
 MAX_BLOCK_BYTES = 65536
 WARP_BYTES = 2048
-# Label smoothing, a softcap and the statistics each keep a few values more for every logit; smoothing by class weights
-# keeps these besides.
+# A softcap and the statistics each keep a few values more for every logit; smoothing by class weights keeps these
+# besides.
 MAX_OPTIONS_BYTES = 16384
 MAX_SMOOTHED_BYTES = 8192
 SMOOTHED_WARP_BYTES = 1024
 # Up to so many rows the last program adds up the loss: 0.024 ms against 0.028 for 256 rows of 16,384, forward and
 # backward. More rows queue up for the one counter: 0.416 against 0.390 for 16,384.
 MAX_TICKETS = 1024
-COLUMN_SPAN = tl.constexpr(32)  # logits of one lane that are read at a time
+STRAND = tl.constexpr(8)
+STRAND_DEPTH = tl.constexpr(32)  # of each of its lanes so many logits are read at a time
 FLOOR = tl.constexpr(torch.finfo(torch.float32).min)
+
+
+@triton.jit
+def _by_strand(lanes):
+    """Return ``[LANES]`` as strands of STRAND neighbours, each in one thread: ``[LANES / STRAND, STRAND]``."""
+    return tl.reshape(lanes, (lanes.shape[0] // STRAND, STRAND))
+
+
+@triton.jit
+def _sum_of_rest(
+    logits_row, vocab_size, softcap, maximum, strand_maximum, strand_total, PRECISE: tl.constexpr, LANES: tl.constexpr
+):
+    """Return a row's sum of exponentials without its maximum, the only logit with more than half of the softmax.
+
+    Only its own strand has added the maximum to what may be smaller by far; that one is read once more. Lane i has the
+    logits i, i + LANES, and so on; a strand's total is the sum of its exponentials.
+    """
+    rest = tl.sum(tl.where(strand_maximum < maximum, strand_total, 0.0), axis=0)
+    strands = tl.arange(0, LANES // STRAND)
+    strand = tl.min(tl.where(strand_maximum == maximum, strands, LANES // STRAND - 1), axis=0)
+    for first in range(0, vocab_size, STRAND_DEPTH * LANES):
+        lanes = strand * STRAND + tl.arange(0, STRAND)[None, :]
+        offsets = first + tl.arange(0, STRAND_DEPTH)[:, None] * LANES + lanes
+        raw = tl.load(logits_row + offsets, mask=offsets < vocab_size, other=float("-inf")).to(tl.float32)
+        logits = tl.where(offsets < vocab_size, capped(raw, softcap), float("-inf"))
+        below = tl.where(logits < maximum, exp(logits - maximum, PRECISE), 0.0)
+        rest += tl.sum(tl.sum(below, axis=0), axis=0)
+    return rest
 
 
 @triton.jit(do_not_specialize=["ignore_index", "rows_stride"])
@@ -90,24 +119,27 @@ def _register_row_kernel(
             groups_row, targets, weights * class_weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS
         )
     logits = tl.where(mask, capped(raw, softcap), float("-inf"))
-    maximum = tl.max(tl.max(logits, axis=0), axis=0)
-    exponentials = exp(logits - maximum, PRECISE)
-    total = tl.sum(tl.sum(exponentials, axis=0), axis=0)
-    rest = total - 1.0
-    log_total = tl.log(total)
-    if total < 2.0:  # one logit has more than half, beside which the others must not be rounded away
-        rest = tl.sum(tl.sum(tl.where(exponentials < 1.0, exponentials, 0.0), axis=0), axis=0)
-        log_total = log1p(rest)
-    shortfall = 0.0
+    anchor = shortfall = 0.0
     if label_smoothing is not None:
-        below = tl.where(mask, maximum - logits, 0.0)
+        anchor = find_anchor(target_logits, in_range)
+        below = tl.where(mask, anchor - logits, 0.0)
         if class_weight_ptr is not None:
             below *= tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
         shortfall = tl.sum(tl.sum(below, axis=0), axis=0)
+    strand_maximum = tl.max(_by_strand(tl.max(logits, axis=0)), axis=1)
+    maximum = tl.max(strand_maximum, axis=0)
+    exponentials = exp(logits - maximum, PRECISE)
+    strand_total = tl.sum(_by_strand(tl.sum(exponentials, axis=0)), axis=1)
+    total = tl.sum(strand_total, axis=0)
+    rest = total - 1.0
+    log_total = tl.log(total)
+    if total < 2.0:  # one logit has more than half, beside which the others must not be rounded away
+        rest = _sum_of_rest(logits_row, vocab_size, softcap, maximum, strand_maximum, strand_total, PRECISE, LANES)
+        log_total = log1p(rest)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()  # for the counting of targets, which comes before; nothing is stored until here
     place = (row, tl.cast(rows_stride, tl.int64), slots)
-    statistics = (maximum, rest, log_total, shortfall)
+    statistics = (maximum, rest, log_total, anchor, shortfall)
     distances = maximum - target_logits
     weights, divisor, penalty, slope = score_targets(
         (rows_ptr, losses_ptr, probabilities_ptr), place, statistics,
@@ -154,24 +186,22 @@ def _register_row_kernel(
 
 @triton.jit
 def _lanes(
-    logits_row, vocab_size, softcap, class_weight_ptr,
+    logits_row, vocab_size, softcap, anchor, class_weight_ptr,
     SMOOTHED: tl.constexpr, WITH_STATS: tl.constexpr, PRECISE: tl.constexpr,
     BLOCK_VOCAB: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Read a row and return the statistics of its lanes: lane i has the logits i, i + LANES, and so on.
 
     Returns:
-        The maximum; the sum of exponentials below it; for label smoothing one of the logits, Σ_v w_v (that one − z_v),
-        and Σ_v w_v; the sum of the exponentials times (z − maximum); the largest logit before a softcap, and its id.
+        The maximum; the sum of exponentials below it; for label smoothing Σ_v w_v (anchor − z_v); and the sum of the
+        exponentials times (z − maximum), the largest logit before a softcap, and its id.
     """
     depth = tl.arange(0, BLOCK_VOCAB // LANES)[:, None] * LANES
     lanes = tl.arange(0, LANES)[None, :]
     # The floor is the least finite number: a lane that has seen only -inf must not compute inf - inf.
     maximum = tl.full([LANES], FLOOR, tl.float32)
     total = tl.zeros([LANES], tl.float32)
-    anchor = tl.zeros([LANES], tl.float32)
     shortfall = tl.zeros([LANES], tl.float32)
-    weight = tl.zeros([LANES], tl.float32)
     weighted_sum = tl.zeros([LANES], tl.float32)
     best = tl.full([LANES], float("-inf"), tl.float32)
     arg = tl.zeros([LANES], tl.int32) + vocab_size
@@ -180,18 +210,14 @@ def _lanes(
         mask = offsets < vocab_size
         raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
         logits = tl.where(mask, capped(raw, softcap), float("-inf"))
+        if SMOOTHED:
+            below = tl.where(mask, anchor - logits, 0.0)
+            if class_weight_ptr is not None:
+                below *= tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
+            shortfall += tl.sum(below, axis=0)
         new_maximum = tl.maximum(maximum, tl.max(logits, axis=0))
         rescale = exp(maximum - new_maximum, PRECISE)
         exponentials = exp(logits - new_maximum[None, :], PRECISE)
-        if SMOOTHED:
-            # Relative to a logit like the others, so that an offset of all does not matter.
-            anchor = tl.where((first == 0) & (new_maximum > FLOOR), new_maximum, anchor)
-            below = tl.where(mask, anchor[None, :] - logits, 0.0)
-            if class_weight_ptr is not None:
-                class_weights = tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
-                below *= class_weights
-                weight += tl.sum(class_weights, axis=0)
-            shortfall += tl.sum(below, axis=0)
         if WITH_STATS:
             weighted = tl.where(exponentials > 0, exponentials * (logits - new_maximum[None, :]), 0.0)
             shifted = weighted_sum + (maximum - new_maximum) * total
@@ -202,28 +228,7 @@ def _lanes(
             best = tl.maximum(best, tile_best)
         total = total * rescale + tl.sum(exponentials, axis=0)
         maximum = new_maximum
-    if class_weight_ptr is None:
-        weight = tl.cdiv(vocab_size - tl.arange(0, LANES), LANES).to(tl.float32)
-    return maximum, total, (anchor, shortfall, weight), (weighted_sum, best, arg)
-
-
-@triton.jit
-def _sum_of_rest(
-    logits_row, vocab_size, softcap, maximum, lane_maximum, lane_total, PRECISE: tl.constexpr, LANES: tl.constexpr
-):
-    """Return a row's sum of exponentials without its maximum, the only logit with more than half of the softmax.
-
-    Only its own lane has added the maximum to what may be smaller by far; that lane is read once more.
-    """
-    lanes = tl.arange(0, LANES)
-    rest = tl.sum(tl.where(lane_maximum < maximum, lane_total * exp(lane_maximum - maximum, PRECISE), 0.0), axis=0)
-    lane = tl.min(tl.where(lane_maximum == maximum, lanes, LANES - 1), axis=0)
-    for first in range(0, vocab_size, COLUMN_SPAN * LANES):
-        offsets = first + tl.arange(0, COLUMN_SPAN) * LANES + lane
-        raw = tl.load(logits_row + offsets, mask=offsets < vocab_size, other=float("-inf")).to(tl.float32)
-        logits = tl.where(offsets < vocab_size, capped(raw, softcap), float("-inf"))
-        rest += tl.sum(tl.where(logits < maximum, exp(logits - maximum, PRECISE), 0.0), axis=0)
-    return rest
+    return maximum, total, shortfall, (weighted_sum, best, arg)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "rows_stride"])
@@ -256,26 +261,29 @@ def _wide_row_kernel(
         targets, slots, slot_scale_ptr, class_weight_ptr, vocab_size, ignore_index, GROUP_SIZE
     )
     target_logits = capped(tl.load(logits_row + targets, mask=in_range, other=0.0).to(tl.float32), softcap)
-    lane_maximum, lane_total, smoothed, others = _lanes(
-        logits_row, vocab_size, softcap, class_weight_ptr, label_smoothing is not None, predictions_ptr is not None,
-        PRECISE, BLOCK_VOCAB, LANES,
+    anchor = shortfall = 0.0
+    if label_smoothing is not None:
+        anchor = find_anchor(target_logits, in_range)
+    lane_maximum, lane_total, lane_shortfall, others = _lanes(
+        logits_row, vocab_size, softcap, anchor, class_weight_ptr, label_smoothing is not None,
+        predictions_ptr is not None, PRECISE, BLOCK_VOCAB, LANES,
     )  # fmt: skip
     maximum = tl.max(lane_maximum, axis=0)
     below = lane_maximum - maximum
-    total = tl.sum(lane_total * exp(below, PRECISE), axis=0)
+    strand_total = tl.sum(_by_strand(lane_total * exp(below, PRECISE)), axis=1)
+    total = tl.sum(strand_total, axis=0)
     rest = total - 1.0
     log_total = tl.log(total)
     if total < 2.0:
-        rest = _sum_of_rest(logits_row, vocab_size, softcap, maximum, lane_maximum, lane_total, PRECISE, LANES)
+        strand_maximum = tl.max(_by_strand(lane_maximum), axis=1)
+        rest = _sum_of_rest(logits_row, vocab_size, softcap, maximum, strand_maximum, strand_total, PRECISE, LANES)
         log_total = log1p(rest)
-    shortfall = 0.0
     if label_smoothing is not None:
-        anchor, lane_shortfall, lane_weight = smoothed
-        shortfall = tl.sum(lane_shortfall + lane_weight * (maximum - anchor), axis=0)
+        shortfall = tl.sum(lane_shortfall, axis=0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()  # for the counting of targets, which comes before; nothing is stored until here
     place = (row, tl.cast(rows_stride, tl.int64), slots)
-    statistics = (maximum, rest, log_total, shortfall)
+    statistics = (maximum, rest, log_total, anchor, shortfall)
     distances = maximum - target_logits
     weights, divisor, penalty, slope = score_targets(
         (rows_ptr, losses_ptr, probabilities_ptr), place, statistics,
@@ -330,9 +338,8 @@ def _row_options(vocab_size: int, itemsize: int, max_bytes: int) -> tuple[bool, 
     limit = max_bytes // itemsize
     in_registers = vocab_size <= limit
     block_vocab = max(next_power_of_2(vocab_size), 32) if in_registers else limit
-    max_warps = 8 if max_bytes < MAX_BLOCK_BYTES else 16 if in_registers else 32
     warp_bytes = SMOOTHED_WARP_BYTES if max_bytes == MAX_SMOOTHED_BYTES else WARP_BYTES
-    num_warps = min(max(block_vocab * itemsize // warp_bytes, 1), max_warps)
+    num_warps = min(max(block_vocab * itemsize // warp_bytes, 1), 16 if in_registers else 32)
     return in_registers, {
         "BLOCK_VOCAB": block_vocab,
         "LANES": min(block_vocab, num_warps * 256),
@@ -345,9 +352,9 @@ def _max_bytes(targets: Targets, scores: Scores) -> int:
     settings = targets.settings
     if settings.label_smoothing is not None and targets.class_weight is not None:
         return MAX_SMOOTHED_BYTES
-    if scores.predictions is not None or settings.label_smoothing is not None or settings.softcap is not None:
+    if scores.predictions is not None or settings.softcap is not None:
         return MAX_OPTIONS_BYTES
-    return MAX_BLOCK_BYTES
+    return MAX_BLOCK_BYTES if settings.label_smoothing is None else MAX_BLOCK_BYTES // 2
 
 
 def launch_loss(

@@ -57,10 +57,20 @@ class Scores(NamedTuple):
 
 
 @triton.jit
+def find_anchor(target_logits, in_range):
+    """Return a logit that the others are taken from before they are summed up: their sum must not depend on an offset.
+
+    The largest target's will do, for the loss has an error of its distance from the maximum's size anyway.
+    """
+    anchor = tl.max(tl.where(in_range, target_logits, float("-inf")), axis=0)
+    return tl.where(anchor > float("-inf"), anchor, 0.0)
+
+
+@triton.jit
 def score_targets(
     pointers,  # rows, losses or None, probabilities or None: they scale the losses where they are asked for
     place,  # the row, the distance between rows of `rows`, the slots
-    statistics,  # the maximum; the sum of exponentials without it, and log1p of that; Σ_v w_v (maximum − z_v)
+    statistics,  # the maximum; the sum of exponentials without it, and log1p of that; an anchor, Σ_v w_v (anchor − z_v)
     targets,  # distances below the maximum, weights by slot, weights by id, who counts, who is valid
     totals,
     options,  # label_smoothing, z_loss, class_weight_ptr, vocab_size
@@ -70,15 +80,16 @@ def score_targets(
     """Store the loss of a row, its maximum and rest; return its weights and what its gradient starts from."""
     rows_ptr, losses_ptr, probabilities_ptr = pointers
     row, rows_stride, slots = place
-    maximum, rest, log_total, shortfall = statistics
+    maximum, rest, log_total, anchor, shortfall = statistics
     distances, weights, class_weights, counted, in_range = targets
     label_smoothing, z_loss, class_weight_ptr, vocab_size = options
     divisor = find_divisor(tl.sum(weights * class_weights, axis=0), totals, NORMALIZE)
     losses = class_weights * (log_total + distances)
     if label_smoothing is not None:
-        smooth = log_total + shortfall / vocab_size
+        smooth = log_total + (maximum - anchor)
         if class_weight_ptr is not None:
-            smooth = (tl.load(class_weight_ptr + vocab_size) * log_total + shortfall) / vocab_size
+            smooth = smooth * (tl.load(class_weight_ptr + vocab_size) / vocab_size)
+        smooth += shortfall / vocab_size
         smoothing = tl.cast(label_smoothing, tl.float32)  # torch.compile passes Python numbers as fp64
         losses = (1.0 - smoothing) * losses + smoothing * smooth
     losses = tl.where(counted, losses, 0.0)
@@ -110,7 +121,7 @@ def store_statistics(pointers, place, statistics, weighted_sum, arg_max, targets
     """Store a row's lse, accuracy, entropy and prediction; the weighted sum is Σ_v exp(z_v − m) · (z_v − m)."""
     rows_ptr, predictions_ptr = pointers
     row, rows_stride, _ = place
-    maximum, rest, log_total, _ = statistics
+    maximum, rest, log_total, _, _ = statistics
     tl.store(rows_ptr + 3 * rows_stride + row, maximum + log_total)
     hits = in_range & (targets == arg_max)
     tl.store(rows_ptr + 4 * rows_stride + row, tl.max(hits.to(tl.float32), axis=0))

@@ -17,13 +17,13 @@ from npp_kernels.losses.targets import Targets
 CHUNK_ELEMENTS = 1 << 20
 
 
-def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
+def _chunks(logits: Tensor, targets: Targets) -> Iterator[slice]:
     """Yield the rows that are worked on at a time."""
     if torch.compiler.is_compiling():
         yield slice(None)
         return
-    step = max(CHUNK_ELEMENTS // vocab_size, 1)
-    for first in range(0, num_rows, step):
+    step = max(CHUNK_ELEMENTS // max(logits.shape[1], targets.groups.shape[1] ** 2), 1)
+    for first in range(0, logits.shape[0], step):
         yield slice(first, first + step)
 
 
@@ -63,11 +63,10 @@ def _capped(logits: Tensor, targets: Targets, wide: torch.dtype) -> Tensor:
 
 def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
     """`launch_loss` in PyTorch, without the gradient: fill ``scores``."""
-    num_rows, vocab_size = logits.shape
     wide = scores.rows.dtype
     settings = targets.settings
     coefficients, class_weights, penalty = _coefficients(targets, wide)
-    for chunk in _chunks(num_rows, vocab_size):
+    for chunk in _chunks(logits, targets):
         z = _capped(logits[chunk], targets, wide)
         groups = targets.groups[chunk]
         counted = groups != settings.ignore_index
@@ -84,7 +83,7 @@ def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
             if targets.class_weight is None:
                 smooth = log_total - below.mean(1)
             else:
-                smooth = (targets.class_weight[-1] * log_total - below @ targets.class_weight[:-1]) / vocab_size
+                smooth = (targets.class_weight[-1] * log_total - below @ targets.class_weight[:-1]) / below.shape[1]
             losses = (1 - settings.label_smoothing) * losses + settings.label_smoothing * smooth.unsqueeze(1)
         if scores.probabilities is not None:
             probabilities = torch.exp(-nll)
@@ -113,7 +112,7 @@ def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
 
 def torch_gradient(logits: Tensor, grad: Tensor, targets: Targets, scores: Scores, upstream: Tensor) -> None:
     """`launch_gradient` in PyTorch; ``grad`` may be ``logits``."""
-    num_rows, vocab_size = logits.shape
+    vocab_size = logits.shape[1]
     wide = scores.rows.dtype
     settings = targets.settings
     smoothing = settings.label_smoothing or 0.0
@@ -131,7 +130,7 @@ def torch_gradient(logits: Tensor, grad: Tensor, targets: Targets, scores: Score
     surplus = surplus + 2 * (penalty * lse).masked_fill(penalty == 0, 0).unsqueeze(1)
     at_targets = (1 - smoothing) * coefficients * class_weights
     softmax_weight = surplus + at_targets.sum(1, keepdim=True)
-    for chunk in _chunks(num_rows, vocab_size):
+    for chunk in _chunks(logits, targets):
         z = _capped(logits[chunk], targets, wide)
         ids = targets.groups[chunk].masked_fill(targets.groups[chunk] == settings.ignore_index, 0).long()
         maximum, rest = (scores.rows[row, chunk].unsqueeze(1) for row in (MAXIMUM, REST))
@@ -141,8 +140,10 @@ def torch_gradient(logits: Tensor, grad: Tensor, targets: Targets, scores: Score
         others = at_targets[chunk].masked_fill(sure, 0).sum(1, keepdim=True)
         at_sure = (others + surplus[chunk]) - softmax_weight[chunk] * (rest / (1 + rest))
         dz = torch.exp(z - maximum).mul_(softmax_weight[chunk] / (1 + rest))
-        dz.scatter_add_(1, ids, -at_targets[chunk])
-        dz.scatter_(1, ids, torch.where(sure, at_sure, dz.gather(1, ids)))
+        # What equal targets take away is added up first: taken one after the other from p it would be rounded each time.
+        equals = ids.unsqueeze(2) == ids.unsqueeze(1)
+        taken = (equals * at_targets[chunk].unsqueeze(1)).sum(2)
+        dz.scatter_(1, ids, torch.where(sure, at_sure, dz.gather(1, ids) - taken))
         if settings.label_smoothing is not None:
             dz.sub_(spread[chunk] if by_id is None else spread[chunk] * by_id)
         if settings.softcap is not None:
