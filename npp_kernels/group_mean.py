@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npp_kernels._autograd import first_order_only
+from npp_kernels._autograd import first_order_only, refuse_transforms
 from npp_kernels._checks import (
     FLOATING_DTYPES,
     check_floating,
@@ -442,6 +442,7 @@ def group_mean(
         TypeError: a tensor of another dtype or a `DTensor`.
         ValueError: shapes or devices that do not match, or, with `check_ids` on, a bad id on a GPU.
         IndexError: an id out of range, on the CPU. On a GPU the group's mean is NaN and its ids get no gradient.
+        RuntimeError: a double backward, or a transform of `torch.func`.
 
     Numerics:
         Sums in fp32 (fp64 for float64), rounded once. ``K = 1`` is `F.embedding`, bit for bit. The gradient of the
@@ -459,6 +460,7 @@ def group_mean(
     check_same_device("groups", groups, "table", table)
     if out_dtype is not None and out_dtype not in FLOATING_DTYPES:
         raise TypeError(f"out_dtype: expected float32, bfloat16, float16, float64 or None, got {out_dtype!r}")
+    refuse_transforms("group_mean")
     check_id_range(groups, table.shape[0], ignore_index)
     flat = groups.reshape(-1, groups.shape[-1]).contiguous()
     rows = table if table.stride(-1) == 1 else table.contiguous()
