@@ -26,7 +26,7 @@ def refuse_transforms(name: str, *upstream: Tensor | None) -> None:
         inside = inside or (gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient))
     if inside:
         raise RuntimeError(
-            f"{name}: expected plain tensors, got a call inside of a transform of torch.func (vmap, grad, jacrev, ...), "
+            f"{name}: expected plain tensors, got a call inside of a transform of torch.func (vmap, grad, jacrev, ...) "
             "or of torch.autograd with is_grads_batched=True or vectorize=True, which the kernels do not serve. In "
             "place of vmap give the tensors one more leading axis, or call the function in a loop; in place of "
             "torch.func.grad use torch.autograd.grad or .backward()"

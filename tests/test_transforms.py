@@ -40,7 +40,7 @@ def test_refused(device, name, transform):
 
 def test_ids_under_vmap_are_refused(device):
     table, groups = torch.randn(5, 4, device=device), GROUPS.to(device)
-    with pytest.raises(RuntimeError, match="^group_mean: expected plain tensors"):
+    with pytest.raises(RuntimeError, match=r"^group_mean: expected plain tensors"):
         torch.vmap(lambda ids: npp_kernels.group_mean(table, ids))(groups[None])
 
 
