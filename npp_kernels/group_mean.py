@@ -55,11 +55,13 @@ def _added(total, lost, rows, PRECISE: tl.constexpr):
     """Return ``total + rows`` and what it lost to rounding.
 
     With PRECISE it is compensated (Kahan): in fp32 nothing is rounded off at the end that would hide the sum's error.
+    A sum that has become infinite has lost nothing that could be given back: what is left is inf - inf, a NaN.
     """
     if PRECISE:
         corrected = rows - lost
         new_total = total + corrected
         lost = (new_total - total) - corrected
+        lost = tl.where(tl.abs(lost) < float("inf"), lost, 0.0)
         total = new_total
     else:
         total += rows
@@ -353,24 +355,29 @@ def _launch_backward(
 def _torch_forward(
     table: Tensor, groups: Tensor, ignore_index: int | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """`_launch_forward` in PyTorch: one slot of all groups at a time where there is no operation for the whole."""
+    """`_launch_forward` in PyTorch: one slot of all groups at a time where no operation serves the whole."""
     num_groups, group_size = groups.shape
     if group_size == 1 and ignore_index is None:
         return F.embedding(groups[:, 0], table).to(out_dtype), None
-    if ignore_index is None and out_dtype == table.dtype and num_groups:
-        return F.embedding_bag(groups, table, mode="mean"), None
     wide = torch.promote_types(table.dtype, torch.float32)
+    # On 16 bit the operation rounds the sum before it divides, and some of its paths every partial sum.
+    if ignore_index is None and out_dtype == table.dtype == wide and num_groups:
+        return F.embedding_bag(groups, table, mode="mean"), None
     ignored = None if ignore_index is None else groups == ignore_index
-    counts = None if ignored is None else (~ignored).sum(1).to(wide)
-    total = torch.zeros((num_groups, table.shape[1]), dtype=wide, device=table.device)
-    for slot, ids in enumerate(groups.unbind(1)):
+
+    def load_rows(slot: int) -> Tensor:
         if ignored is None:
-            total += F.embedding(ids, table)
-        else:
-            rows = F.embedding(ids.masked_fill(ignored[:, slot], 0), table)
-            total += rows.masked_fill_(ignored[:, slot].unsqueeze(1), 0)
-    total /= group_size if counts is None else counts.clamp(min=1).unsqueeze(1)
-    return total.to(out_dtype), counts
+            return F.embedding(groups[:, slot], table)
+        rows = F.embedding(groups[:, slot].masked_fill(ignored[:, slot], 0), table)
+        return rows.masked_fill_(ignored[:, slot].unsqueeze(1), 0)
+
+    total = load_rows(0).to(wide)
+    for slot in range(1, group_size):
+        total += load_rows(slot)
+    if ignored is None:
+        return total.div_(group_size).to(out_dtype), None
+    counts = (~ignored).sum(1).to(wide)
+    return total.div_(counts.clamp(min=1).unsqueeze(1)).to(out_dtype), counts
 
 
 def _torch_backward(
