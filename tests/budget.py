@@ -14,8 +14,12 @@ The factor of 2 is for two orders of summation, the other for the sampling error
 elements of one share a logsumexp, and a few rows may have nearly all of the error, ``n = (Σ e)² / Σ e²``. The mean of
 fewer than `MEAN_ROWS` says nothing that the largest does not.
 
-How far honest formulations stay from both bounds, and how far the known faults are beyond them, is measured by
-``python -m tests.test_budget``, and in small by its tests.
+**False alarms.** ``python -m tests.test_budget`` measures which share of each bound honest formulations use, and
+prolongs the tail of the shares, as an exponential, to one draw in 10⁹. Over 1,000 draws of each, in other orders of
+summation than PyTorch's and with exponentials of another base, none used more than 0.46 of a bound; prolonged, the
+worst comes to 1.0 (a gradient of 23 rows), all others to 0.75 and less. With some 500 comparisons in the suite, that is
+a false alarm in two million runs at most. The least that a known fault used of the bound that it breaks was 14 (a
+gradient formed from its lse at +1000), 27 (a loss formed so), 3.4 (the same at +100), 160 (anything rounded twice).
 """
 
 from typing import NamedTuple
@@ -26,7 +30,7 @@ LARGEST_SLACK = 2.0
 MEAN_SLACK = 2.0
 SAMPLING = 4.0
 MEAN_ROWS = 16
-ROUNDINGS = 8.0
+ROUNDINGS = 12.0
 
 
 class Bound(NamedTuple):
@@ -40,8 +44,8 @@ class Bound(NamedTuple):
 def half_ulps(values, dtype):
     """Return half of the last place that each of the fp64 ``values`` has in ``dtype``."""
     info = torch.finfo(dtype)
-    exponents = torch.frexp(values).exponent
-    return torch.ldexp(torch.full_like(values, info.eps / 4), exponents).clamp(min=info.smallest_normal * info.eps / 2)
+    halves = torch.ldexp(torch.full_like(values, info.eps / 4), torch.frexp(values).exponent)
+    return halves.masked_fill(values == 0, 0).clamp(min=info.smallest_normal * info.eps / 2)
 
 
 def effective_rows(error):
@@ -60,9 +64,11 @@ def error_bounds(actual, eager, oracle, scale=None):
     if scale is None:
         scale = oracle.abs().max()
     accumulation = torch.finfo(torch.promote_types(actual.dtype, torch.float32)).eps / 2
-    beyond = error - rounding - ROUNDINGS * accumulation * scale
-    eager_beyond = (eager_error - rounding).max().clamp(min=0).item()
-    bounds = [Bound("largest error beyond the rounding", beyond.max().item(), LARGEST_SLACK * eager_beyond)]
+    beyond = (error - rounding).flatten()
+    eager_beyond = (eager_error - rounding).max().clamp(min=0)
+    allowed = (LARGEST_SLACK * eager_beyond + ROUNDINGS * accumulation * scale).expand_as(error).flatten()
+    worst = (beyond - allowed).argmax() if (beyond > allowed).any() else (beyond / allowed).argmax()
+    bounds = [Bound("largest error beyond its rounding", beyond[worst].item(), allowed[worst].item())]
     rows = effective_rows(torch.maximum(error, eager_error))
     if rows >= MEAN_ROWS:
         typical = max(eager_error.mean().item(), rounding.mean().item() / 2)
@@ -78,8 +84,10 @@ def assert_within_budget(actual, eager, oracle, *, what="result", scale=None):
         eager: plain PyTorch's, of the same dtype and shape.
         oracle: the exact result.
         what: its name in messages.
-        scale: how large what was summed is, a number or a tensor that broadcasts to the result: ``Σ |terms|``. Where
-            None, the largest of the oracle's values.
+        scale: how large what was summed is, a number or a tensor that broadcasts to the result: ``Σ |terms|``; for the
+            gradient of a softmax what its row is multiplied by, since it is a difference of that size even where it is
+            small; 1 for the loss of a row that is sure of its target, a logarithm of 1 and a little. Where None, the
+            largest of the oracle's values.
     """
     assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, eager has {eager.dtype}"
     assert actual.shape == oracle.shape, f"{what}: shape {tuple(actual.shape)}, oracle has {tuple(oracle.shape)}"
