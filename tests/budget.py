@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 import torch
 
+from bench.exact import half_ulps
+
 LARGEST_SLACK = 2.0
 MEAN_SLACK = 2.0
 SAMPLING = 4.0
@@ -39,13 +41,6 @@ class Bound(NamedTuple):
     name: str
     value: float
     allowed: float
-
-
-def half_ulps(values, dtype):
-    """Return half of the last place that each of the fp64 ``values`` has in ``dtype``."""
-    info = torch.finfo(dtype)
-    halves = torch.ldexp(torch.full_like(values, info.eps / 4), torch.frexp(values).exponent)
-    return halves.masked_fill(values == 0, 0).clamp(min=info.smallest_normal * info.eps / 2)
 
 
 def effective_rows(error):
