@@ -41,7 +41,7 @@ def _contenders(records: Iterable[Record]) -> list[str]:
 def _table(
     corner: str, records: Sequence[Record], columns: dict[str, Callable[[Record], bool]], by_dtype: Sequence[str]
 ) -> str:
-    """Lay out the ratios of each quantity; those in ``by_dtype`` apart for fp32 and for 16 bit."""
+    """Lay out the ratios of each quantity; those in ``by_dtype`` apart for fp32 and for 16 bit; nothing of nothing."""
     rows = []
     for contender in _contenders(records):
         for quantity in dict.fromkeys(r.quantity for r in records if r.contender == contender):
@@ -56,7 +56,7 @@ def _table(
                 cells = [_cell([r for r in part if holds(r)], contender) for holds in columns.values()]
                 name = "" if contender == OURS else f"{contender}: "
                 rows.append([f"{name}{quantity}{suffix}", *cells])
-    return markdown_table([corner, *columns], rows)
+    return markdown_table([corner, *columns], rows) if rows else ""
 
 
 def _at(field: str, value: float) -> Callable[[Record], bool]:
@@ -86,24 +86,23 @@ def signs(records: Sequence[Record]) -> str:
         "gradients at the target > 0",
         "row sum, fp32",
     ]
-    return markdown_table(header, lines)
+    return markdown_table(header, lines) if lines else ""
 
 
 def _hopper(records: Sequence[Record]) -> str:
+    contenders = [*_contenders(records), PYTORCH]
     rows = []
     for gap in GAPS:
-        chosen = [r for r in records if r.case.gap == gap]
-        line = [f"{gap:g}"]
-        for contender in (OURS, *(name for name in _contenders(chosen) if name != OURS), PYTORCH):
-            found = {r.quantity: r for r in chosen if r.contender == contender}
-            if contender == OURS:
-                line.append(f"{found['loss'].exact_mean:.4e}")
-                line.append(f"{found['loss by target'].wrong_sign or 0.0:.0%}")
-            line += [f"{found[what].relative:.1e}" for what in ("loss", "hidden's gradient", "weight's gradient")]
+        found = {(r.contender, r.quantity): r for r in records if r.case.gap == gap}
+        line = [f"{gap:g}", f"{found[OURS, 'loss'].exact_value:.4e}"]
+        for contender in contenders:
+            line.append(f"{found[contender, 'loss'].value:.4e}" if (contender, "loss") in found else "-")
+            for quantity in ("hidden's gradient", "weight's gradient"):
+                record = found.get((contender, quantity))
+                line.append("-" if record is None else f"{record.relative:.1e}")
         rows.append(line)
-    others = (name for name in _contenders(records) if name != OURS)
-    header = ["gap", "exact loss", "losses < 0"]
-    for contender in ("ours", *others, PYTORCH):
+    header = ["gap", "exact loss"]
+    for contender in contenders:
         header += [f"{contender}: loss", "hidden", "weight"]
     return markdown_table(header, rows)
 
@@ -134,12 +133,14 @@ def section(about: dict[str, Any], records: Sequence[Record]) -> str:
                     for dtype in ("fp32", "bf16", "fp16")
                 ]
                 rest.append([f"{name}`{operation}`: {quantity}", *by_dtype])
-    parts.append(markdown_table(["others", "fp32", "bf16", "fp16"], rest))
+    parts.append(markdown_table(["others", "fp32", "bf16", "fp16"], rest) if rest else "")
     large = [r for r in records if r.case.operation == LINEAR and r.case.rows >= HOPPER_ROWS]
     if large:
-        parts.append(f"{HOPPER_ROWS} rows in bf16: errors relative to the exact result, by norm.")
+        parts.append(
+            f"{HOPPER_ROWS} rows in bf16: the loss, and the gradients' errors relative to the exact ones, by norm."
+        )
         parts.append(_hopper(large))
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def fill_page(page: Path, about: dict[str, Any], records: Sequence[Record]) -> None:
