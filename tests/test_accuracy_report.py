@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import bench.accuracy
 from bench import accuracy_page
 from bench.accuracy import LINEAR, LOSS, OURS, PYTORCH, Case, cases_of, measure, read_records, write_records
+from bench.contenders import BY_NAME
 from bench.exact import exact_rows, half_ulps
 from tests.conftest import INTERPRETED
 
@@ -110,6 +112,29 @@ def test_the_command_writes_results_and_tables(tmp_path):
     assert json.loads(again.read_text()) == json.loads(out.read_text())
     assert bench.accuracy.main(["--results", str(again), "--page", str(page)]) == 0
     assert page.read_text(encoding="utf-8") == text
+
+
+def test_peers_take_part_on_a_gpu_and_may_fail(monkeypatch, capsys):
+    """The peers' way through, walked by a contender of PyTorch's in their place."""
+    honest = {name: replace(BY_NAME[LOSS, "honest_eager"], name=name) for name in ("liger", "quack")}
+    monkeypatch.setattr(bench.accuracy, "BY_NAME", {(LOSS, name): contender for name, contender in honest.items()})
+    gpu, case = SimpleNamespace(type="cuda"), Case(LOSS, "fp32", 512, 20)
+    logits, groups = bench.accuracy._logits(case, CPU)
+
+    def compute(name):
+        if name == "quack":
+            raise NotImplementedError("no such vocabulary")
+        return bench.accuracy._peer_rows(case, name, logits, groups)
+
+    found = bench.accuracy._peer_results(case, gpu, compute)
+    assert list(found) == ["Liger"]
+    exact = exact_rows(logits, groups)
+    torch.testing.assert_close(found["Liger"]["loss"], exact.losses.float())
+    torch.testing.assert_close(found["Liger"]["gradient"], (exact.gradient / 20).float())
+    assert "QuACK cannot compute Case(" in capsys.readouterr().out
+    for left_out in (replace(case, group_size=4), replace(case, vocab_size=33), replace(case, option="z-loss")):
+        assert not bench.accuracy._peer_results(left_out, gpu, compute)
+    assert not bench.accuracy._peer_results(case, CPU, compute)
 
 
 def test_a_page_without_markers_is_refused(tmp_path):
