@@ -71,6 +71,16 @@ def error_bounds(actual, eager, oracle, scale=None):
     return bounds
 
 
+def rounded_scale(values, dtype):
+    """Return the ``scale`` of a result on whose way ``values`` were rounded to ``dtype``: it allows for one rounding.
+
+    Logits that are products in another order of summation may fall on the other side of a tie, each by a whole last
+    place; a mean over few of them has that error whole, and eager may have none.
+    """
+    largest = values.detach().double().abs().max()
+    return half_ulps(largest, dtype) / (ROUNDINGS * torch.finfo(torch.float32).eps / 2)
+
+
 def assert_within_budget(actual, eager, oracle, *, what="result", scale=None):
     """Assert that ``actual`` is as near to ``oracle`` (fp64) as ``eager``, which has the same dtype, is.
 
@@ -81,8 +91,8 @@ def assert_within_budget(actual, eager, oracle, *, what="result", scale=None):
         what: its name in messages.
         scale: how large what was summed is, a number or a tensor that broadcasts to the result: ``Σ |terms|``; for the
             gradient of a softmax what its row is multiplied by, since it is a difference of that size even where it is
-            small; 1 for the loss of a row that is sure of its target, a logarithm of 1 and a little. Where None, the
-            largest of the oracle's values.
+            small; 1 for the loss of a row that is sure of its target, a logarithm of 1 and a little. For what was
+            rounded to 16 bits on the way see `rounded_scale`. Where None, the largest of the oracle's values.
     """
     assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, eager has {eager.dtype}"
     assert actual.shape == oracle.shape, f"{what}: shape {tuple(actual.shape)}, oracle has {tuple(oracle.shape)}"

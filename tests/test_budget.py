@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.budget import assert_within_budget, error_bounds
+from tests.budget import assert_within_budget, error_bounds, half_ulps, rounded_scale
 
 LOG2_E = 1.4426950408889634
 VOCAB_SIZE = 512
@@ -228,6 +228,23 @@ def test_one_number_is_judged_by_its_roundings():
     for steps in (-12, 12):
         with pytest.raises(AssertionError, match=r"largest error"):
             assert_within_budget(eager + steps * step, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_number_of_rounded_logits(dtype):
+    """A mean loss of few rows, whose logits two orders of summation may round to two neighbours; and one too far."""
+    for _ in range(1000):
+        hidden, weight = torch.randn(12, 32).to(dtype).float(), (torch.randn(64, 32) / 2).to(dtype).float()
+        targets = torch.randint(64, (12,))
+        exact = exact_loss(hidden.double() @ weight.double().t(), targets).mean()
+        eager = eager_loss((hidden @ weight.t()).to(dtype), targets).mean()
+        products = hidden[:, None] * weight
+        logits = sum(products.unbind(2)).to(dtype)
+        scale = rounded_scale(logits, dtype)
+        assert_within_budget(honest_loss(logits, targets).mean(), eager, exact, scale=scale)
+        far = exact.float() + 4 * half_ulps(logits.double().abs().max(), dtype).float()
+        with pytest.raises(AssertionError, match="largest error"):
+            assert_within_budget(far, exact.float(), exact, scale=scale)
 
 
 def test_shape_dtype_and_nan():
