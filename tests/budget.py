@@ -16,10 +16,11 @@ fewer than `MEAN_ROWS` says nothing that the largest does not.
 
 **False alarms.** ``python -m tests.test_budget`` measures which share of each bound honest formulations use, and
 prolongs the tail of the shares, as an exponential, to one draw in 10⁹. Over 1,000 draws of each, in other orders of
-summation than PyTorch's and with exponentials of another base, none used more than 0.46 of a bound; prolonged, the
-worst comes to 1.0 (a gradient of 23 rows), all others to 0.75 and less. With some 500 comparisons in the suite, that is
-a false alarm in two million runs at most. The least that a known fault used of the bound that it breaks was 14 (a
-gradient formed from its lse at +1000), 27 (a loss formed so), 3.4 (the same at +100), 160 (anything rounded twice).
+summation than PyTorch's and with exponentials of another base, and 300 with each of the CPU's instruction sets, none
+used more than half of a bound; prolonged, gradients of 23 rows come to 0.7 to 1.1, all others to 0.75 and less. With
+some 500 comparisons in the suite, few of them of that kind, that is a false alarm in a million runs and more. The least
+that a known fault used of the bound that it breaks was 12 (a gradient formed from its lse at +1000), 26 (a loss formed
+so), 3.4 (the same at +100), 160 (anything rounded twice).
 """
 
 from typing import NamedTuple
