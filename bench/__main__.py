@@ -3,6 +3,7 @@
     python -m bench                                  # measure, then report into runs/bench-DATE/
     python -m bench report RESULTS --out FOLDER      # tables and plots of results made before
     python -m bench readme RESULTS README.md         # write the results between README's markers
+    python -m bench accuracy --device cpu            # errors beside PyTorch's, for docs/accuracy.md; --help says more
 
 RESULTS is a file ``results.json`` or, of a run that was cut off, ``journal.jsonl``. Other arguments go to pytest:
 ``python -m bench --device=cpu -k group_mean``.
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import accuracy
 from bench.records import read_results
 from bench.report import write_report
 from bench.tables import fill_sections
@@ -39,6 +41,8 @@ def measure(arguments: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     """Do what the command line asks for; return the exit status."""
+    if arguments[:1] == ["accuracy"]:
+        return accuracy.main(arguments[1:])
     if not arguments or arguments[0] not in ("report", "readme", "-h", "--help"):
         return measure(arguments)
     parser = argparse.ArgumentParser(

@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
     return {name: installed.get(name, "absent") for name in ("torch", "triton", *PACKAGES.values())}
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """Return what the CPU calls itself, where the system tells."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
@@ -62,7 +62,7 @@ def _driver_version() -> str:
 def describe_machine(device: torch.device, limits: Limits) -> dict[str, Any]:
     """Return what results depend on: the device, its measured limits, and the versions."""
     described: dict[str, Any] = {
-        "device": _cpu_name(),
+        "device": cpu_name(),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""What the autograd functions share: a backward that refuses, clearly, to be differentiated."""
+"""What the autograd functions share: they refuse, clearly, a second derivative and the transforms of `torch.func`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,30 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+
+def refuse_transforms(name: str, *upstream: Tensor | None) -> None:
+    """Raise a RuntimeError inside a transform of `torch.func`, whose tensors have no memory that a kernel could read.
+
+    Compiled code is let through: `torch.compile` traces the transform away, or says itself why it cannot.
+
+    Args:
+        name: the public function.
+        upstream: in a backward, its gradients: `torch.autograd` has a vmap of its own, which only they show.
+    """
+    if torch.compiler.is_compiling():
+        return
+    # PyTorch has no public question for either; `torch.autograd.Function.apply` asks the first as well.
+    inside = torch._C._are_functorch_transforms_active()
+    for gradient in upstream:
+        inside = inside or (gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient))
+    if inside:
+        raise RuntimeError(
+            f"{name}: expected plain tensors, got a call inside of a transform of torch.func (vmap, grad, jacrev, ...) "
+            "or of torch.autograd with is_grads_batched=True or vectorize=True, which the kernels do not serve. In "
+            "place of vmap give the tensors one more leading axis, or call the function in a loop; in place of "
+            "torch.func.grad use torch.autograd.grad or .backward()"
+        )
 
 
 class _NoSecondOrder(torch.autograd.Function):
@@ -26,6 +50,8 @@ class _NoSecondOrder(torch.autograd.Function):
 def first_order_only(name: str) -> Callable:
     """Decorate a backward so that its results raise a RuntimeError when they are differentiated themselves.
 
+    It also refuses transforms of `torch.func`: a backward can be inside of one whose forward was not.
+
     `torch.autograd.function.once_differentiable` does so only where the upstream gradient needs a gradient, and
     otherwise returns a constant, so that ``autograd.grad(loss, x, create_graph=True)`` would be silently wrong.
     """
@@ -33,6 +59,7 @@ def first_order_only(name: str) -> Callable:
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def first_order(ctx, *upstream):
+            refuse_transforms(name, *upstream)
             with torch.no_grad():
                 grads = backward(ctx, *upstream)
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -11,7 +11,21 @@ from torch import Tensor
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ID_DTYPES = (torch.int32, torch.int64)
 
-_ids_are_checked = os.environ.get("NPP_KERNELS_CHECK", "0") not in ("", "0")
+
+def read_switch(name: str) -> bool:
+    """Return whether the environment variable ``name`` says yes; one that is not set, or empty, says no.
+
+    A word that is neither is an error: a check that its owner believes to be on must not be off.
+    """
+    word = os.environ.get(name, "").strip()
+    if word.lower() in ("1", "true", "yes", "on"):
+        return True
+    if word.lower() in ("", "0", "false", "no", "off"):
+        return False
+    raise ValueError(f"{name}: expected 1, true, yes or on, or else 0, false, no, off or nothing, got {word!r}")
+
+
+_ids_are_checked = read_switch("NPP_KERNELS_CHECK")
 
 
 def check_ids(enabled: bool = True) -> None:
@@ -22,7 +36,8 @@ def check_ids(enabled: bool = True) -> None:
     >>> npp_kernels.check_ids(False)
 
     Off by default, since finding a bad id needs a host synchronisation; without it, the row of a bad id is NaN. The
-    environment variable ``NPP_KERNELS_CHECK=1`` turns it on from the start. On the CPU ids are always checked. Under
+    environment variable ``NPP_KERNELS_CHECK``, read at import, turns it on from the start: 1, true, yes or on; with 0,
+    false, no or off, or empty, it stays off, and another word is a ValueError. On the CPU ids are always checked. Under
     `torch.compile` and CUDA graph capture, where the host cannot wait for the GPU, the switch has no effect.
 
     Args:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npp_kernels._autograd import first_order_only
+from npp_kernels._autograd import first_order_only, refuse_transforms
 from npp_kernels._checks import (
     FLOATING_DTYPES,
     check_floating,
@@ -55,11 +55,13 @@ def _added(total, lost, rows, PRECISE: tl.constexpr):
     """Return ``total + rows`` and what it lost to rounding.
 
     With PRECISE it is compensated (Kahan): in fp32 nothing is rounded off at the end that would hide the sum's error.
+    A sum that has become infinite has lost nothing that could be given back: what is left is inf - inf, a NaN.
     """
     if PRECISE:
         corrected = rows - lost
         new_total = total + corrected
         lost = (new_total - total) - corrected
+        lost = tl.where(tl.abs(lost) < float("inf"), lost, 0.0)
         total = new_total
     else:
         total += rows
@@ -353,24 +355,29 @@ def _launch_backward(
 def _torch_forward(
     table: Tensor, groups: Tensor, ignore_index: int | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """`_launch_forward` in PyTorch: one slot of all groups at a time where there is no operation for the whole."""
+    """`_launch_forward` in PyTorch: one slot of all groups at a time where no operation serves the whole."""
     num_groups, group_size = groups.shape
     if group_size == 1 and ignore_index is None:
         return F.embedding(groups[:, 0], table).to(out_dtype), None
-    if ignore_index is None and out_dtype == table.dtype and num_groups:
-        return F.embedding_bag(groups, table, mode="mean"), None
     wide = torch.promote_types(table.dtype, torch.float32)
+    # On 16 bit the operation rounds the sum before it divides, and some of its paths every partial sum.
+    if ignore_index is None and out_dtype == table.dtype == wide and num_groups:
+        return F.embedding_bag(groups, table, mode="mean"), None
     ignored = None if ignore_index is None else groups == ignore_index
-    counts = None if ignored is None else (~ignored).sum(1).to(wide)
-    total = torch.zeros((num_groups, table.shape[1]), dtype=wide, device=table.device)
-    for slot, ids in enumerate(groups.unbind(1)):
+
+    def load_rows(slot: int) -> Tensor:
         if ignored is None:
-            total += F.embedding(ids, table)
-        else:
-            rows = F.embedding(ids.masked_fill(ignored[:, slot], 0), table)
-            total += rows.masked_fill_(ignored[:, slot].unsqueeze(1), 0)
-    total /= group_size if counts is None else counts.clamp(min=1).unsqueeze(1)
-    return total.to(out_dtype), counts
+            return F.embedding(groups[:, slot], table)
+        rows = F.embedding(groups[:, slot].masked_fill(ignored[:, slot], 0), table)
+        return rows.masked_fill_(ignored[:, slot].unsqueeze(1), 0)
+
+    total = load_rows(0).to(wide)
+    for slot in range(1, group_size):
+        total += load_rows(slot)
+    if ignored is None:
+        return total.div_(group_size).to(out_dtype), None
+    counts = (~ignored).sum(1).to(wide)
+    return total.div_(counts.clamp(min=1).unsqueeze(1)).to(out_dtype), counts
 
 
 def _torch_backward(
@@ -442,6 +449,7 @@ def group_mean(
         TypeError: a tensor of another dtype or a `DTensor`.
         ValueError: shapes or devices that do not match, or, with `check_ids` on, a bad id on a GPU.
         IndexError: an id out of range, on the CPU. On a GPU the group's mean is NaN and its ids get no gradient.
+        RuntimeError: a double backward, or a transform of `torch.func`.
 
     Numerics:
         Sums in fp32 (fp64 for float64), rounded once. ``K = 1`` is `F.embedding`, bit for bit. The gradient of the
@@ -459,6 +467,7 @@ def group_mean(
     check_same_device("groups", groups, "table", table)
     if out_dtype is not None and out_dtype not in FLOATING_DTYPES:
         raise TypeError(f"out_dtype: expected float32, bfloat16, float16, float64 or None, got {out_dtype!r}")
+    refuse_transforms("group_mean")
     check_id_range(groups, table.shape[0], ignore_index)
     flat = groups.reshape(-1, groups.shape[-1]).contiguous()
     rows = table if table.stride(-1) == 1 else table.contiguous()

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npp_kernels._autograd import first_order_only
+from npp_kernels._autograd import first_order_only, refuse_transforms
 from npp_kernels._checks import check_floating
 from npp_kernels._dispatch import cdiv, launch, next_power_of_2, runs_kernels
 from npp_kernels.grouping import MAX_GRID_RANK, Patch, resolve_grid, resolve_patch
@@ -186,6 +186,7 @@ def patch_mean(embeddings: Tensor, patch: Patch, *, grid: Sequence[int] | None =
     Raises:
         TypeError: ``embeddings`` has another dtype or is a `DTensor`; ``patch`` is not an int or a tuple of ints.
         ValueError: the patch does not divide the grid, has another rank, or the grid does not match ``embeddings``.
+        RuntimeError: a double backward, or a transform of `torch.func`.
 
     Numerics:
         Sums in fp32 (fp64 for float64), rounded once; the gradient is rounded once.
@@ -205,5 +206,6 @@ def patch_mean(embeddings: Tensor, patch: Patch, *, grid: Sequence[int] | None =
     num_patches = math.prod(grid_sizes) // math.prod(sizes)
     if math.prod(sizes) == 1:
         return embeddings.reshape(*leading, num_patches, hidden_size)
+    refuse_transforms("patch_mean")
     flat = embeddings.reshape(math.prod(leading) * math.prod(grid_sizes), hidden_size).contiguous()
     return _PatchMean.apply(flat, grid_sizes, sizes).view(*leading, num_patches, hidden_size)

@@ -12,6 +12,18 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="the seed of each test's random numbers")
+    parser.addoption("--seeds", type=int, default=1, help="run each test with so many seeds, from --seed on")
+
+
+def pytest_generate_tests(metafunc):
+    seeds = metafunc.config.getoption("seeds")
+    if seeds > 1:
+        first = metafunc.config.getoption("seed")
+        metafunc.parametrize("_seed", range(first, first + seeds), indirect=True)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -28,5 +40,5 @@ def device(request):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
+def _seed(request):
+    torch.manual_seed(getattr(request, "param", request.config.getoption("seed")))

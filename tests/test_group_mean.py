@@ -192,3 +192,55 @@ def test_more_than_2_31_elements():
     out.backward(torch.ones_like(out))
     counts = torch.bincount(groups.flatten(), minlength=512) / 2
     torch.testing.assert_close(table.grad[:, 7].float(), counts, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("ignore_index", [None, 7])
+@pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * (not INTERPRETED))
+def test_16_bit_sums_in_fp32(device, dtype, ignore_index):
+    """Every element is the mean, and the gradient the sum, in fp32, rounded once."""
+    num_groups = 40 if INTERPRETED else 400
+    table = torch.randn(20, 48, device=device).to(dtype)
+    table[0] = 60000.0
+    for group_size in (2, 3, 16):
+        groups = torch.randint(20, (num_groups, group_size), device=device)
+        groups[0] = 0
+        upstream = torch.randn(num_groups, 48, device=device).to(dtype)
+        out, grad = run(npp_kernels.group_mean, table, groups, upstream, ignore_index=ignore_index)
+        assert (out[0] == table[0]).all()  # the sum is out of float16's range
+        exact, terms = (
+            run(reference.group_mean, t.double(), groups, u.double(), ignore_index=ignore_index)
+            for t, u in ((table, upstream), (table.abs(), upstream.abs()))
+        )
+        for actual, oracle, scale in zip((out, grad), exact, terms, strict=True):
+            assert_within_budget(actual, oracle.to(dtype), oracle, scale=scale)
+
+
+@pytest.mark.parametrize("ignore_index", [None, 9])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinities_are_pytorchs(device, dtype, ignore_index):
+    """An infinite sum is infinite, of one sign; inf - inf and NaN are NaN. In the backward too, with many of one id."""
+    inf, nan = float("inf"), float("nan")
+    table = torch.tensor([[1.0], [2.0], [inf], [-inf], [nan]], device=device).to(dtype)
+    table = torch.cat((table, table.new_zeros(5, 1))).expand(10, 8).contiguous()
+    groups = torch.tensor(
+        [[2, 0, 1, 1], [0, 3, 1, 0], [0, 1, 1, 2], [2, 2, 2, 0], [2, 0, 3, 1], [0, 4, 1, 2], [4, 2, 2, 2]],
+        device=device,
+    )
+    expected = torch.tensor([inf, -inf, inf, inf, nan, nan, nan], device=device)
+    out = npp_kernels.group_mean(table, groups, ignore_index=ignore_index)
+    torch.testing.assert_close(out, expected.to(dtype)[:, None].expand(7, 8), equal_nan=True)
+    for repeats in (1, 40):  # few ids, and chunks of one id
+        ids = torch.arange(7, device=device).repeat_interleave(4).repeat(repeats).view(-1, 1)
+        upstream = table[groups].flatten(0, 1).repeat(repeats, 1)
+        _, grad = run(npp_kernels.group_mean, table, ids, upstream, ignore_index=ignore_index)
+        torch.testing.assert_close(grad[:7], expected.to(dtype)[:, None].expand(7, 8), equal_nan=True)
+        assert not grad[7:].any()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the interpreter's numpy
+def test_overflow_is_infinite(device):
+    """A sum that leaves fp32's range stays infinite, as PyTorch's does, and does not come back as NaN."""
+    table = torch.full((3, 8), 3e38, device=device)
+    table[2] = 1.0
+    out = npp_kernels.group_mean(table, torch.tensor([[0, 1, 2, 2], [2, 0, 1, 2]], device=device))
+    assert (out == float("inf")).all()

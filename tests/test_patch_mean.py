@@ -93,3 +93,24 @@ def test_errors():
         npp_kernels.patch_mean(torch.zeros(5, 4, 3), 2)
     with pytest.raises(ValueError, match="grid: expected embeddings to end in"):
         npp_kernels.patch_mean(torch.zeros(1, 15, 3), 2, grid=(4, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * (not INTERPRETED))
+@pytest.mark.parametrize(("shape", "patch"), [((2, 6, 6, 24), (3, 2)), ((1, 4, 4, 6, 8), (2, 2, 3))])
+def test_16_bit_sums_in_fp32(device, dtype, shape, patch):
+    """Every mean is summed in fp32 and rounded once, also where the sum is out of float16's range."""
+    embeddings = torch.randn(shape, device=device).to(dtype)
+    embeddings[..., 0] = 60000.0
+    means = npp_kernels.patch_mean(embeddings, patch)
+    assert (means[..., 0] == embeddings[0, 0, 0, 0].flatten()[0]).all()
+    exact = npp_kernels.patch_mean(embeddings.double(), patch)  # fp64 takes the PyTorch path
+    assert_within_budget(means, exact.to(dtype), exact, scale=npp_kernels.patch_mean(embeddings.double().abs(), patch))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinities_are_pytorchs(device, dtype):
+    inf, nan = float("inf"), float("nan")
+    rows = torch.tensor([[inf, 1, 2, 3], [1, -inf, 2, 3], [inf, 1, -inf, 2], [1, nan, inf, 2]], device=device)
+    means = npp_kernels.patch_mean(rows.to(dtype)[..., None].expand(4, 4, 8).contiguous(), (4,))
+    expected = torch.tensor([inf, -inf, nan, nan], device=device).to(dtype)
+    torch.testing.assert_close(means, expected[:, None, None].expand(4, 1, 8), equal_nan=True)

@@ -1,0 +1,72 @@
+"""The transforms of `torch.func`: refused, by the function's name, and what stands close to them is let through."""
+
+import functools
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import npp_kernels
+
+GROUPS = torch.tensor([[0, 1], [2, 2], [3, 4]])
+FUNCTIONS = {
+    "group_mean": (lambda table: npp_kernels.group_mean(table, GROUPS.to(table.device)), (5, 4)),
+    "patch_mean": (lambda embeddings: npp_kernels.patch_mean(embeddings, 2), (4, 6, 3)),
+}
+TRANSFORMS = {
+    "vmap": lambda function, x: torch.vmap(function)(x[None]),
+    "grad": lambda function, x: torch.func.grad(lambda y: function(y).sum())(x),
+    "jacrev": lambda function, x: torch.func.jacrev(function)(x),
+    "jvp": lambda function, x: torch.func.jvp(function, (x,), (x,)),
+    "functionalize": lambda function, x: torch.func.functionalize(function)(x),
+    "vectorize": lambda function, x: torch.autograd.functional.jacobian(function, x, vectorize=True),
+    "is_grads_batched": lambda function, x: torch.autograd.grad(
+        function(x.requires_grad_()).sum(), x, torch.ones(2, device=x.device), is_grads_batched=True
+    ),
+    "vmap of the backward": lambda function, x: torch.vmap(
+        functools.partial(torch.autograd.grad, function(x.requires_grad_()).sum(), x)
+    )(torch.ones(2, device=x.device)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own jvp compiles with it
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_refused(device, name, transform):
+    function, shape = FUNCTIONS[name]
+    with pytest.raises(RuntimeError, match=rf"^{name}: expected plain tensors, got .*torch\.autograd\.grad"):
+        TRANSFORMS[transform](function, torch.randn(shape, device=device))
+
+
+def test_ids_under_vmap_are_refused(device):
+    table, groups = torch.randn(5, 4, device=device), GROUPS.to(device)
+    with pytest.raises(RuntimeError, match=r"^group_mean: expected plain tensors"):
+        torch.vmap(lambda ids: npp_kernels.group_mean(table, ids))(groups[None])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_after_a_transform_and_in_what_is_none(device, name):
+    """A transform that has ended leaves nothing behind; jacobians and checkpoints are no transforms."""
+    function, shape = FUNCTIONS[name]
+    x = torch.randn(shape, device=device, requires_grad=True)
+    expected = torch.autograd.grad(function(x).sum(), x)[0]
+    doubled = torch.vmap(lambda y: 2 * y)(x)
+    assert torch.equal(torch.autograd.grad(function(doubled).sum(), x)[0], 2 * expected)
+    assert torch.equal(torch.autograd.functional.jacobian(lambda y: function(y).sum(), x), expected)
+    for reentrant in (True, False):
+        x.grad = None
+        checkpoint(function, x, use_reentrant=reentrant).sum().backward()
+        assert torch.equal(x.grad, expected)
+    module = torch.nn.Linear(shape[-1], shape[-1], device=device)
+    called = torch.func.functional_call(module, dict(module.named_parameters()), function(x))
+    assert called.isfinite().all()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiled_transform_on_the_cpu(name):
+    function, shape = FUNCTIONS[name]
+    x = torch.randn(shape)
+    torch._dynamo.reset()
+    gradient = torch.compile(torch.func.grad(lambda y: function(y).sum()), backend="aot_eager", fullgraph=True)(x)
+    x.requires_grad_()
+    torch.testing.assert_close(gradient, torch.autograd.grad(function(x).sum(), x)[0])
