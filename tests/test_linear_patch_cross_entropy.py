@@ -1,3 +1,4 @@
+import math
 from functools import partial
 from importlib import import_module
 
@@ -8,9 +9,9 @@ import npp_kernels
 import reference.ops as reference
 from npp_kernels.losses import row_kernels
 from npp_kernels.losses.chunks import find_chunks
-from tests.budget import assert_within_budget
+from tests.budget import assert_within_budget, rounded_scale
 from tests.conftest import INTERPRETED
-from tests.test_patch_cross_entropy import OPTIONS, make_groups
+from tests.test_patch_cross_entropy import DIFFERENTIABLE, OPTIONS, make_groups
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # the interpreter truncates bfloat16
 NAMES = ("loss", "grad_hidden", "grad_weight", "grad_bias", "lse", "accuracy", "entropy")
@@ -36,6 +37,17 @@ def rounded_logits(hidden, weight, groups, *, bias=None, **options):
     return reference.patch_cross_entropy(logits.to(dtype).to(hidden.dtype), groups, **options)
 
 
+def total_weight(groups, **options):
+    """Return the sum of all coefficients, or 1 for losses by target."""
+    if options.get("reduction") == "none":
+        return 1.0
+    kept = {name: value for name, value in options.items() if name in ("normalize", "reduction", "slot_weights")}
+    uniform = torch.zeros(*groups.shape[:-1], 2, dtype=torch.float64, device=groups.device)
+    counted = groups.masked_fill(groups >= 0, 0)
+    total = reference.patch_cross_entropy(uniform, counted, num_targets=options.get("num_targets"), **kept)[0]
+    return max(total.item() / math.log(2), 1.0)
+
+
 def check(inputs, groups, upstream, *, chunk_rows=None, **options):
     dtype = inputs[0].dtype
     actual = run(
@@ -51,8 +63,13 @@ def check(inputs, groups, upstream, *, chunk_rows=None, **options):
     for what, *three in zip(NAMES, actual, eager, oracle, strict=False):
         if what == "accuracy" and dtype != torch.float32:
             continue  # rounded logits have equal maxima
-        if what != "grad_bias" or inputs[2] is not None:
-            assert_within_budget(*three, what=what)
+        if what == "grad_bias" and inputs[2] is None:
+            continue
+        # Rounded logits are off by their own last place, and with them what is a sum of them.
+        scale = rounded_scale(exact[0] @ exact[1].t(), dtype) if what in ("loss", "lse", "entropy") else None
+        if what == "loss":
+            scale = scale * total_weight(groups, **options)
+        assert_within_budget(*three, what=what, scale=scale)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -99,6 +116,27 @@ def test_only_wanted_gradients(device, wanted):
         assert (tensor.grad is not None) == (index in wanted)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none", "label_smoothing": 0.1}, {"token_scaling": True}], ids=str
+)
+def test_class_weights_and_token_scaling(device, options):
+    inputs = make_inputs(23, 16, 75, device)
+    groups = make_groups(75, 23, 4, device)
+    upstream = torch.rand(groups.shape) if options.get("reduction") == "none" else torch.tensor(1.7)
+    check(inputs, groups, upstream.to(device), chunk_rows=10, class_weight=torch.rand(75, device=device), **options)
+
+
+def test_a_gradient_that_was_handed_out_is_the_callers(device):
+    hidden, weight, _ = (None if t is None else t.requires_grad_() for t in make_inputs(6, 8, 20, device, bias=False))
+    loss = npp_kernels.linear_patch_cross_entropy(hidden, weight, make_groups(20, 6, 4, device), chunk_rows=4)
+    loss.backward(retain_graph=True)
+    first = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad.zero_()
+    weight.grad.zero_()
+    loss.backward()
+    torch.testing.assert_close((hidden.grad, weight.grad), first)
+
+
 def test_several_backwards(device):
     hidden, weight, _ = make_inputs(6, 8, 20, device)
     weight.requires_grad_()
@@ -141,7 +179,7 @@ def test_empty_and_all_ignored(device):
 def test_gradcheck():
     inputs = tuple(t.double().requires_grad_() for t in make_inputs(5, 3, 7, "cpu"))
     groups = make_groups(7, 5, 4, "cpu")
-    for options in OPTIONS:
+    for options in DIFFERENTIABLE:
         for function in (npp_kernels.linear_patch_cross_entropy, reference.linear_patch_cross_entropy):
             chunks = {"chunk_rows": 2} if function is npp_kernels.linear_patch_cross_entropy else {}
 
@@ -245,6 +283,7 @@ def test_memory_is_bounded_by_a_chunk():
     hidden.requires_grad_()
     weight.requires_grad_()
     groups = make_groups(16384, 16384, 4, "cuda")
+    hidden[:1] @ weight.t()  # cuBLAS allocates its workspace at the first product of a process
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

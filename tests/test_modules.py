@@ -36,3 +36,39 @@ def test_losses_equal_the_functions(device):
     assert "label_smoothing=0.1" in repr(linear)
     counted = npp_kernels.PatchCrossEntropyLoss()(logits, groups, num_targets=7)
     assert torch.equal(counted, npp_kernels.patch_cross_entropy(logits, groups, num_targets=7))
+
+
+def test_slot_weights_are_numbers_that_no_cast_or_move_changes(device):
+    weights = [1.0, 1 / 3, 0.1, 0.7]
+    logits, groups = torch.randn(6, 20, device=device), torch.randint(20, (6, 4), device=device)
+    expected = npp_kernels.patch_cross_entropy(logits, groups, slot_weights=weights)
+    with torch.device("meta"):
+        criterion = npp_kernels.PatchCrossEntropyLoss(weights)
+    assert torch.equal(criterion.to_empty(device=device)(logits, groups), expected)
+    assert torch.equal(npp_kernels.PatchCrossEntropyLoss(torch.tensor(weights)).bfloat16()(logits, groups), expected)
+
+
+def test_class_weights_move_with_the_module_and_are_saved(device):
+    weight = torch.rand(20)
+    criterion = npp_kernels.PatchCrossEntropyLoss(class_weight=weight).to(device)
+    assert list(criterion.state_dict()) == ["class_weight"]
+    logits, groups = torch.randn(6, 20, device=device), torch.randint(20, (6, 4), device=device)
+    expected = npp_kernels.patch_cross_entropy(logits, groups, class_weight=weight.to(device))
+    assert torch.equal(criterion(logits, groups), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"reduction": "avg"}, "reduction: expected one of"),
+        ({"label_smoothing": 2.0}, "label_smoothing: expected a number"),
+        ({"slot_weights": [1.0, -1.0]}, "slot_weights: expected finite weights of at least 0"),
+        ({"slot_weights": [1.0], "reduction": "none"}, "slot_weights: expected None"),
+    ],
+)
+def test_bad_options_fail_where_the_module_is_made(options, words):
+    for module in (npp_kernels.PatchCrossEntropyLoss, npp_kernels.LinearPatchCrossEntropyLoss):
+        with pytest.raises(ValueError, match=words):
+            module(**options)
+    with pytest.raises(ValueError, match="chunk_rows: expected an int of at least 1"):
+        npp_kernels.LinearPatchCrossEntropyLoss(chunk_rows=0)

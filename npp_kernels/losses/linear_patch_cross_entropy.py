@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from npp_kernels._autograd import first_order_only
+from npp_kernels._autograd import first_order_only, refuse_transforms
 from npp_kernels._checks import check_floating, check_groups, check_id_range, check_same_device, described
 from npp_kernels._dispatch import runs_kernels
 from npp_kernels.losses.chunks import Gradients, Layer, Plan, gradients_from_scores, loss_and_gradients
@@ -177,12 +177,15 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
             if again:
                 grads = _run_loss(layer, targets, request)[1]
             grads = [_scaled(grad, upstream) for grad in grads]
-        elif torch.compiler.is_compiling():
-            arguments = _flattened(layer, targets, request.plan)
-            grads = _in_their_places(_linear_gradients(*arguments, rows, probabilities, upstream), request.plan.wants)
         else:
-            scores = Scores(rows, None, probabilities, None)
-            grads = gradients_from_scores(layer, targets, request.plan, scores, upstream)
+            # What autograd wants, not what the forward saw: a compiled `torch.func.grad` does not show there.
+            wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+            plan = request.plan._replace(wants=(wants_hidden, wants_weight, wants_bias))
+            if torch.compiler.is_compiling():
+                arguments = _flattened(layer, targets, plan)
+                grads = _in_their_places(_linear_gradients(*arguments, rows, probabilities, upstream), plan.wants)
+            else:
+                grads = gradients_from_scores(layer, targets, plan, Scores(rows, None, probabilities, None), upstream)
         return *grads, *(None,) * 5
 
 
@@ -301,6 +304,7 @@ def linear_patch_cross_entropy(
     )  # fmt: skip
     options.check()
     options.check_sizes(groups.shape[-1], weight.shape[0], hidden)
+    refuse_transforms("linear_patch_cross_entropy")
     check_id_range(groups, weight.shape[0], ignore_index)
 
     flat_groups = groups.reshape(-1, groups.shape[-1]).contiguous()

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from npp_kernels._autograd import first_order_only
+from npp_kernels._autograd import first_order_only, refuse_transforms
 from npp_kernels._checks import check_floating, check_groups, check_id_range, check_same_device, described, rows_overlap
 from npp_kernels._dispatch import runs_kernels
 from npp_kernels.losses.gradient_kernels import launch_gradient, launch_scale
@@ -222,6 +222,7 @@ def patch_cross_entropy(
             f"inplace_backward: expected logits whose elements each have memory of their own, got {described(logits)} "
             f"with strides {logits.stride()}, as from expand or unfold; pass a copy, or leave it off"
         )
+    refuse_transforms("patch_cross_entropy")
     check_id_range(groups, vocab_size, ignore_index)
 
     flat_groups = groups.reshape(-1, groups.shape[-1]).contiguous()

@@ -119,7 +119,8 @@ def _register_row_kernel(
             groups_row, targets, weights * class_weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS
         )
     logits = tl.where(mask, capped(raw, softcap), float("-inf"))
-    anchor = shortfall = 0.0
+    anchor = 0.0
+    shortfall = 0.0
     if label_smoothing is not None:
         anchor = find_anchor(target_logits, in_range)
         below = tl.where(mask, anchor - logits, 0.0)
@@ -261,7 +262,8 @@ def _wide_row_kernel(
         targets, slots, slot_scale_ptr, class_weight_ptr, vocab_size, ignore_index, GROUP_SIZE
     )
     target_logits = capped(tl.load(logits_row + targets, mask=in_range, other=0.0).to(tl.float32), softcap)
-    anchor = shortfall = 0.0
+    anchor = 0.0
+    shortfall = 0.0
     if label_smoothing is not None:
         anchor = find_anchor(target_logits, in_range)
     lane_maximum, lane_total, lane_shortfall, others = _lanes(
@@ -347,14 +349,19 @@ def _row_options(vocab_size: int, itemsize: int, max_bytes: int) -> tuple[bool, 
     }
 
 
-def _max_bytes(targets: Targets, scores: Scores) -> int:
+def _max_bytes(row_bytes: int, targets: Targets, scores: Scores) -> int:
     """Return how many bytes of logits the registers hold beside what the options keep there."""
     settings = targets.settings
-    if settings.label_smoothing is not None and targets.class_weight is not None:
+    smoothed = settings.label_smoothing is not None
+    if smoothed and targets.class_weight is not None:
         return MAX_SMOOTHED_BYTES
-    if scores.predictions is not None or settings.softcap is not None:
+    if (
+        scores.predictions is not None
+        or settings.softcap is not None
+        or (smoothed and row_bytes > MAX_BLOCK_BYTES // 2)
+    ):
         return MAX_OPTIONS_BYTES
-    return MAX_BLOCK_BYTES if settings.label_smoothing is None else MAX_BLOCK_BYTES // 2
+    return MAX_BLOCK_BYTES
 
 
 def launch_loss(
@@ -376,7 +383,9 @@ def launch_loss(
         ticket = None
     elif ticket is not None:
         loss = torch.empty((), dtype=torch.float32, device=logits.device)
-    in_registers, row_options = _row_options(vocab_size, logits.element_size(), _max_bytes(targets, scores))
+    itemsize = logits.element_size()
+    max_bytes = _max_bytes(vocab_size * itemsize, targets, scores)
+    in_registers, row_options = _row_options(vocab_size, itemsize, max_bytes)
     launch(
         _register_row_kernel if in_registers else _wide_row_kernel,
         (num_rows,),

@@ -86,7 +86,7 @@ def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
                 smooth = (targets.class_weight[-1] * log_total - below @ targets.class_weight[:-1]) / below.shape[1]
             losses = (1 - settings.label_smoothing) * losses + settings.label_smoothing * smooth.unsqueeze(1)
         if scores.probabilities is not None:
-            probabilities = torch.exp(-nll)
+            probabilities = torch.exp(-nll).masked_fill(~counted, 0)
             scores.probabilities[chunk] = probabilities
             losses = losses * probabilities
         losses = losses.masked_fill(~counted, 0)
@@ -140,7 +140,7 @@ def torch_gradient(logits: Tensor, grad: Tensor, targets: Targets, scores: Score
         others = at_targets[chunk].masked_fill(sure, 0).sum(1, keepdim=True)
         at_sure = (others + surplus[chunk]) - softmax_weight[chunk] * (rest / (1 + rest))
         dz = torch.exp(z - maximum).mul_(softmax_weight[chunk] / (1 + rest))
-        # What equal targets take away is added up first: taken one after the other from p it would be rounded each time.
+        # What equal targets take away is added up first: taken from p one after the other, each would be rounded.
         equals = ids.unsqueeze(2) == ids.unsqueeze(1)
         taken = (equals * at_targets[chunk].unsqueeze(1)).sum(2)
         dz.scatter_(1, ids, torch.where(sure, at_sure, dz.gather(1, ids) - taken))
