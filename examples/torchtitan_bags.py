@@ -90,7 +90,7 @@ def generated_text(path: str) -> Dataset:
     words = ["".join(words_of.choices(ALPHABET[:26], k=words_of.randint(2, 8))) for _ in range(300)]
     text_of = random.Random(path)
     documents = []
-    for _ in range(3000):
+    for _ in range(1000):
         topic = text_of.sample(words, 12)
         sentence = " ".join(text_of.choices(topic, k=80))
         documents.append(sentence[: text_of.randint(20, 400)])
@@ -121,7 +121,9 @@ class AttentionOnCPU(FlexAttention):
 def small_recipe() -> Trainer.Config:
     """Return TorchTitan's debug model, cut down to what a CPU trains in half a minute."""
     config = llama3_debugmodel()
-    config.model_spec.model.layers = config.model_spec.model.layers[:2]
+    model = config.model_spec.model
+    model.layers = model.layers[:2]
+    model.vocab_size = model.tok_embeddings.num_embeddings = model.lm_head.out_features = 2 + len(ALPHABET)
     config.tokenizer = Letters.Config()
     config.dataloader.dataset = "generated"
     config.training.steps, config.training.seq_len, config.training.local_batch_size = STEPS, SEQ_LEN, BATCH_SIZE
@@ -135,7 +137,7 @@ def small_recipe() -> Trainer.Config:
         config.activation_checkpoint = None
         config.training.mixed_precision_param = "float32"
         config.training.disable_cuda_graphs = True
-        for layer in config.model_spec.model.layers:
+        for layer in model.layers:
             layer.attention.inner_attention = AttentionOnCPU.Config()
     return config
 

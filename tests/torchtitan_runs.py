@@ -1,6 +1,6 @@
 """Runs of TorchTitan's own trainer for `test_torchtitan.py`, in processes of their own: it changes global state.
 
-    python -m tests.torchtitan_runs SCENARIO RESULTS          # RESULTS is written with torch.save
+python -m tests.torchtitan_runs SCENARIO RESULTS          # RESULTS is written with torch.save
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from npp_kernels.integrations.torchtitan import with_patches
 
 import torchtitan.models.common.attention as attention  # isort: skip
 import torchtitan.trainer  # isort: skip
+from torch.distributed.fsdp import FSDPModule  # isort: skip
 from torch.distributed.tensor import DTensor  # isort: skip
 from torch.nn.attention.flex_attention import create_block_mask  # isort: skip
 from torchtitan.components.loss import ChunkedLossWrapper  # isort: skip
@@ -34,10 +35,10 @@ def recipe(steps, *, accumulate=1, num_chunks=4, **training):
     config.model_spec.model.layers = config.model_spec.model.layers[:1]
     config.loss = dataclasses.replace(config.loss, num_chunks=num_chunks)
     ranks = int(os.environ["WORLD_SIZE"])
+    if ranks > 1:  # the default needs a later torch than 2.13 for FSDP
+        config.parallelism = dataclasses.replace(config.parallelism, spmd_backend="partial_dtensor")
     values = {"steps": steps, "seq_len": SEQ_LEN, "local_batch_size": BATCH_SIZE, **training}
-    config.training = dataclasses.replace(
-        config.training, global_batch_size=accumulate * BATCH_SIZE * ranks, **values
-    )
+    config.training = dataclasses.replace(config.training, global_batch_size=accumulate * BATCH_SIZE * ranks, **values)
     config.optimizer.param_groups[-1].optimizer_kwargs["lr"] = PEAK_LR
     config.lr_scheduler = dataclasses.replace(config.lr_scheduler, warmup_steps=5, decay_ratio=0.0)
     config.validator = dataclasses.replace(config.validator, enable=False)
@@ -52,14 +53,19 @@ def whole(model):
     }
 
 
-def run(config, *, until=None, prepare=lambda trainer: None):
+def run(config, *, until=None):
     """Train, and return what the trainer logs of each step, its validation losses, and the weights at both ends."""
     trainer = config.build()
-    prepare(trainer)
+    for module in trainer.model_parts[0].modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # Gloo has no sum that multiplies as well
     steps, validation = {}, {}
 
     def log(step, loss, max_loss, grad_norm, extra_metrics):
-        steps[step] = {"loss": loss, "max_loss": max_loss, "grad_norm": grad_norm, **extra_metrics}
+        flops = trainer.metrics_processor.num_flops_per_token
+        steps[step] = {
+            "loss": loss, "max_loss": max_loss, "grad_norm": grad_norm, "flops_per_token": flops, **extra_metrics
+        }  # fmt: skip
 
     trainer.metrics_processor.log = log
     trainer.metrics_processor.log_validation = lambda loss, step: validation.update({step: loss})
@@ -151,18 +157,26 @@ def learning_rates(result):
 
 
 def against_plain(ranks):
-    """Train some hundred steps as TorchTitan does, and with patches of 1."""
-    plain = run(recipe(150))
-    ours = run(with_patches(recipe(150), PatchSchedule([(1, 150)])))
+    """Train a hundred steps as TorchTitan does, and with patches of 1."""
+    plain = run(recipe(100))
+    ours = run(with_patches(recipe(100), PatchSchedule([(1, 100)])))
     return {"plain": plain, "ours": ours}
 
 
 def against_reference(ranks):
     """Train patches of 4, then tokens, with accumulation, and the same in plain torch."""
-    schedule = PatchSchedule([(4, 30), (1, 40)])
-    ours = run(with_patches(recipe(40, accumulate=2), schedule))
-    losses, last = reference(recipe(40), schedule, ours["first"], learning_rates(ours), ranks=ranks, accumulate=2)
+    schedule = PatchSchedule([(4, 20), (1, 30)])
+    ours = run(with_patches(recipe(30, accumulate=2), schedule))
+    losses, last = reference(recipe(30), schedule, ours["first"], learning_rates(ours), ranks=ranks, accumulate=2)
     return {"ours": ours, "losses": losses, "last": last}
+
+
+def loader(ranks):
+    """Return the first rows of TorchTitan's own data loader, and the documents that went in."""
+    (rows,) = batches(recipe(1), 1)
+    letters = example.Letters.Config().build()
+    texts = example.generated_text("train")["text"]
+    return {"batch": next(rows), "documents": [letters.encode(text) for text in texts[:10]]}
 
 
 def chunks(ranks):
@@ -187,7 +201,7 @@ def resumed(ranks):
 
 
 def validated(ranks):
-    """Validate in the middle of a stage of patches, and say what plain torch finds for single tokens on those weights."""
+    """Validate in a stage of patches, and with plain torch on single tokens and the same weights."""
     config = with_patches(recipe(7), PatchSchedule([(4, 7)]))
     config.validator = dataclasses.replace(config.validator, enable=True, freq=7, steps=3)
     ours = run(config)
@@ -199,6 +213,17 @@ def validated(ranks):
                 loss, number = summed_loss(model, *document, 1)
                 total, count = total + loss, count + number
     return {"ours": ours, "expected": (total / count).item()}
+
+
+def graphs_on_gpu(ranks):
+    """Train over a stage's end with TorchTitan's CUDA graphs, and without."""
+    schedule = PatchSchedule([(4, 6), (1, 12)])
+    results = {}
+    for disabled in (False, True):
+        config = with_patches(recipe(12, accumulate=2, seq_len=512, disable_cuda_graphs=disabled), schedule)
+        config.validator = dataclasses.replace(config.validator, enable=True, freq=3, steps=2)
+        results[disabled] = run(config)
+    return results
 
 
 def graphs(ranks):
@@ -240,7 +265,7 @@ def graphs(ranks):
 
 SCENARIOS = {
     function.__name__: function
-    for function in (against_plain, against_reference, chunks, resumed, validated, graphs)
+    for function in (against_plain, against_reference, loader, chunks, resumed, validated, graphs, graphs_on_gpu)
 }
 
 

@@ -59,9 +59,7 @@ def group_packed(
         check_tensor(name, tensor)
         check_integer_dtype(name, tensor)
         if tensor.ndim != 2 or tensor.shape != tokens.shape:
-            raise ValueError(
-                f"{name}: expected [B, L] as tokens, {tuple(tokens.shape)}, got {described(tensor)}"
-            )
+            raise ValueError(f"{name}: expected [B, L] as tokens, {tuple(tokens.shape)}, got {described(tensor)}")
     length = tokens.shape[1]
     if patch < 1 or length < 1 or length % patch:
         raise ValueError(f"patch: expected a size that divides the row length {length}, got {patch}")

@@ -204,7 +204,11 @@ def with_patches(config: Trainer.Config, schedule: PatchSchedule) -> PatchTraine
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     values["model_spec"] = dataclasses.replace(config.model_spec, model=_patched_model(config.model_spec.model))
     values["loss"] = _patched_loss(config.loss)
-    return PatchTrainer.Config(**values, patches=list(schedule.boundaries))
+    patches = [
+        (patch[0] if isinstance(patch, tuple) and len(patch) == 1 else patch, until_step)
+        for patch, until_step in schedule.boundaries
+    ]  # (4,) and 4 are the same on one axis
+    return PatchTrainer.Config(**values, patches=patches)
 
 
 def _patched_model(model: Any) -> Any:
@@ -249,6 +253,8 @@ def check_config(config: PatchTrainer.Config) -> None:
         degree = getattr(config.parallelism, name)
         if degree != 1:
             raise ValueError(f"parallelism.{name}: expected 1 for a run on patches, got {degree}")
+    if config.parallelism.spmd_backend == "full_dtensor":
+        raise ValueError("parallelism.spmd_backend: expected spmd_types or partial_dtensor, got full_dtensor")
 
 
 def group_batch(inputs: dict[str, Tensor], labels: Tensor, patch: int) -> tuple[dict[str, Tensor], Tensor]:
