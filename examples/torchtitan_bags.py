@@ -10,6 +10,7 @@ and CUDA graphs; on a CPU, for which TorchTitan is not made, `run_on_cpu` gives 
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import tempfile
@@ -155,6 +156,7 @@ def train(config: Trainer.Config) -> tuple[dict[int, float], float]:
 
 def main() -> None:
     """Train both, and print what came of it."""
+    logging.getLogger().setLevel(logging.ERROR)  # without this line TorchTitan reports every step
     for name, value in ONE_PROCESS.items():
         os.environ.setdefault(name, value)
 

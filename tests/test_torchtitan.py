@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-pytest.importorskip("torchtitan", reason="needs torchtitan, from the extra 'integrations', and Python 3.11")
+pytest.importorskip("torchtitan", reason="needs torchtitan, of the extra 'integrations', and Python 3.11")
 
 from processes import ROOT, environment
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
@@ -189,7 +189,7 @@ def test_what_a_config_cannot_have():
 
     with pytest.raises(ValueError, match=r"patches: expected stages up to training\.steps, 10, got 9"):
         patched(((4, 9),))
-    with pytest.raises(ValueError, match=r"patches: expected ints, since text has one axis, got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"patches: expected one axis, as text has, got \(2, 2\)"):
         patched((((2, 2), 10),))
     with pytest.raises(ValueError, match=r"patches: .* divide training.seq_len, 2048, .* 8 chunks, got 512"):
         patched(((512, 10),))

@@ -164,7 +164,7 @@ class PatchTrainer(Trainer):
 
     def _scheduled_patch(self) -> int:
         """Return the patch of the step in progress, which the trainer counts from 1."""
-        return cast(int, self.schedule.at(self.step - 1).patch)
+        return _one_axis(self.schedule.at(self.step - 1).patch)
 
     def _begin_stage(self, patch: int) -> None:
         logger.info(f"Patches of {patch} from step {self.step}")
@@ -204,11 +204,15 @@ def with_patches(config: Trainer.Config, schedule: PatchSchedule) -> PatchTraine
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     values["model_spec"] = dataclasses.replace(config.model_spec, model=_patched_model(config.model_spec.model))
     values["loss"] = _patched_loss(config.loss)
-    patches = [
-        (patch[0] if isinstance(patch, tuple) and len(patch) == 1 else patch, until_step)
-        for patch, until_step in schedule.boundaries
-    ]  # (4,) and 4 are the same on one axis
+    patches = [(_one_axis(patch), until_step) for patch, until_step in schedule.boundaries]
     return PatchTrainer.Config(**values, patches=patches)
+
+
+def _one_axis(patch: int | tuple[int, ...]) -> int:
+    sizes = (patch,) if isinstance(patch, int) else patch
+    if len(sizes) != 1:
+        raise ValueError(f"patches: expected one axis, as text has, got {patch}")
+    return sizes[0]
 
 
 def _patched_model(model: Any) -> Any:
@@ -242,9 +246,7 @@ def check_config(config: PatchTrainer.Config) -> None:
     seq_len = config.training.seq_len
     num_chunks = config.loss.num_chunks if isinstance(config.loss, ChunkedLossWrapper.Config) else 1
     for stage in schedule.stages:
-        if not isinstance(stage.patch, int):
-            raise ValueError(f"patches: expected ints, since text has one axis, got {stage.patch}")
-        if seq_len % (stage.patch * num_chunks):
+        if seq_len % (_one_axis(stage.patch) * num_chunks):
             raise ValueError(
                 f"patches: expected sizes that divide training.seq_len, {seq_len}, into patches for each of the loss's "
                 f"{num_chunks} chunks, got {stage.patch}"
