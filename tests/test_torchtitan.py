@@ -16,6 +16,7 @@ from torch import nn
 
 pytest.importorskip("torchtitan", reason="needs torchtitan, of the extra 'integrations', and Python 3.11")
 
+from filelock import FileLock
 from processes import ROOT, environment
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.config import CompileConfig
@@ -268,15 +269,25 @@ def trained(scenarios, results, *, ranks=1, device_count=""):
     return torch.load(results, weights_only=True)
 
 
+def trained_once(tmp_path_factory, scenarios, ranks):
+    """Return the results of scenarios, run by the first of pytest's workers that asks for them."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # what all workers see
+    results = folder / f"torchtitan-{ranks}.pt"
+    with FileLock(f"{results}.lock"):
+        return torch.load(results, weights_only=True) if results.exists() else trained(scenarios, results, ranks=ranks)
+
+
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
     scenarios = ["loader", "against_plain", "against_reference", "chunks", "resumed", "validated", "graphs"]
-    return trained(scenarios, tmp_path_factory.mktemp("torchtitan") / "one.pt")
+    return trained_once(tmp_path_factory, scenarios, ranks=1)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    return trained(["against_plain", "against_reference"], tmp_path_factory.mktemp("torchtitan") / "two.pt", ranks=2)
+    return trained_once(tmp_path_factory, ["against_plain", "against_reference"], ranks=2)
 
 
 @pytest.fixture(params=["one_rank", "two_ranks"])
