@@ -21,6 +21,7 @@ MODULES = sorted(
 LAYERS = [
     {"__init__"},
     {f"integrations.{name}" for name in ("__init__", "llamagen", "transformers", "torchtitan", "lightning")},
+    {"integrations._layers"},
     {"modules"},
     {"linear_patch_cross_entropy"},
     {"group_mean", "patch_mean", "patch_cross_entropy"},
