@@ -136,6 +136,18 @@ def test_torchtitan_patch_predicts_the_next_patch():
         torchtitan.patch_loss(torch.randn(2, 5, VOCAB_SIZE), labels)
 
 
+def test_the_patch_of_a_schedule_fits_text():
+    """As a schedule of text hands it out, ``(4,)``, or as an int; two axes are not a text's."""
+    ids, model = torch.randint(VOCAB_SIZE, (3, 12)), CausalLM()
+    embedding = nn.Embedding(VOCAB_SIZE, HIDDEN_SIZE)
+    for patch in (PatchSchedule([((4,), 10), (1, 20)]).at(0).patch, 4):
+        torch.testing.assert_close(transformers.patch_loss(model, ids, patch), transformers.patch_loss(model, ids, 4))
+        expected = embedding(ids).unflatten(1, (3, 4)).mean(2)
+        torch.testing.assert_close(torchtitan.PatchBag(embedding, patch)(ids), expected)
+    with pytest.raises(ValueError, match="patch: expected one size per grid axis, 1"):
+        transformers.patch_loss(model, ids, (2, 2))
+
+
 def test_lightning_sets_the_stage_and_the_rate_of_every_step():
     schedule = PatchSchedule([(2, 10), (1, 30)])
     parameter = nn.Parameter(torch.zeros(1))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from npp_kernels.group_mean import group_mean
-from npp_kernels.grouping import group_tokens
+from npp_kernels.grouping import Patch, group_tokens
 from npp_kernels.patch_cross_entropy import patch_cross_entropy
 
 IGNORE_INDEX = -100
@@ -38,14 +38,14 @@ class PatchBag(nn.Module):
         TypeError, ValueError, IndexError: those of `npp_kernels.group_tokens` and `npp_kernels.group_mean`.
     """
 
-    def __init__(self, embedding: nn.Embedding, patch: int) -> None:
+    def __init__(self, embedding: nn.Embedding, patch: Patch) -> None:
         super().__init__()
         self.weight = embedding.weight
         self.patch = patch
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the mean embedding of each patch."""
-        return group_mean(self.weight, group_tokens(tokens, (self.patch,)))
+        return group_mean(self.weight, group_tokens(tokens, self.patch, grid=tokens.shape[-1:]))
 
 
 def patch_loss(pred: Tensor, labels: Tensor, *, normalize: str = "target", reduction: str = "mean") -> Tensor:

@@ -14,13 +14,13 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from npp_kernels.group_mean import group_mean
-from npp_kernels.grouping import group_tokens
+from npp_kernels.grouping import Patch, group_tokens
 from npp_kernels.linear_patch_cross_entropy import linear_patch_cross_entropy
 
 LOGIT_SCALES = ("logit_scale", "logits_scaling")  # of Cohere's models, of Granite
 
 
-def patch_loss(model: Any, input_ids: Tensor, patch: int, *, labels: Tensor | None = None, **options) -> Any:
+def patch_loss(model: Any, input_ids: Tensor, patch: Patch, *, labels: Tensor | None = None, **options) -> Any:
     """Return the loss of every patch's tokens, predicted from the patches before it.
 
     >>> import torch
@@ -40,7 +40,7 @@ def patch_loss(model: Any, input_ids: Tensor, patch: int, *, labels: Tensor | No
             (the model without its head).
         input_ids: ``[B, L]``, int32 or int64; L is a multiple of ``patch`` of at least twice its size. Padding is on
             the right.
-        patch: K, tokens of a patch.
+        patch: K, tokens of a patch, as an int or ``(K,)``.
         labels: ``[B, L]``, ``input_ids`` where they count and -100 where not, unshifted as for the model itself;
             ``input_ids`` where None.
         options: those of `npp_kernels.linear_patch_cross_entropy`, such as ``normalize``, ``slot_weights`` and
@@ -67,8 +67,9 @@ def patch_loss(model: Any, input_ids: Tensor, patch: int, *, labels: Tensor | No
         scale = getattr(model.config, name, None)
         if scale not in (None, 1):
             raise ValueError(f"model: expected logits that are not scaled, got config.{name}={scale}")
-    groups = group_tokens(input_ids, (patch,))
-    targets = groups if labels is None else group_tokens(labels, (patch,))
+    length = input_ids.shape[-1:]  # the grid of a text: a patch of a schedule may be an int or a tuple
+    groups = group_tokens(input_ids, patch, grid=length)
+    targets = groups if labels is None else group_tokens(labels, patch, grid=length)
     inputs = group_mean(cast(Tensor, embedding.weight), groups[:, :-1])
     hidden = model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
     options = {"softcap": getattr(model.config, "final_logit_softcapping", None), **options}
