@@ -8,6 +8,7 @@ from npp_kernels.modules import LinearPatchCrossEntropyLoss, PatchCrossEntropyLo
 from npp_kernels.patch_cross_entropy import PatchLossStats, patch_cross_entropy
 from npp_kernels.patch_mean import patch_mean
 from npp_kernels.schedule import PatchSchedule, Stage
+from npp_kernels.step_graph import StepGraph
 
 __all__ = [
     "LinearPatchCrossEntropyLoss",
@@ -16,6 +17,7 @@ __all__ = [
     "PatchLossStats",
     "PatchSchedule",
     "Stage",
+    "StepGraph",
     "check_ids",
     "group_mean",
     "group_tokens",

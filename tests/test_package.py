@@ -27,8 +27,8 @@ LAYERS = [
     {"group_mean", "patch_mean", "patch_cross_entropy"},
     {"_exponentials"},
     {"_loss_kernels", "_segments"},
-    {"schedule"},
-    {"_triton_math", "_dispatch", "_autograd", "grouping"},
+    {"schedule", "step_graph"},
+    {"_triton_math", "_dispatch", "_autograd", "_recorder", "grouping"},
     {"_checks"},
 ]
 
