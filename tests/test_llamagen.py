@@ -1,6 +1,7 @@
 """LlamaGen's and the official NPP forward, patched: on a stand-in with their surface, against its expanded logits."""
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -295,48 +296,77 @@ def test_two_hundred_steps_agree(p):
 
 RANKS = """
 import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tests.test_llamagen import batch_of, model_of
 from npp_kernels.integrations.llamagen import apply, coarse_rotary_table
 
 dist.init_process_group("gloo")
-rank = dist.get_rank()
-models = []
-for patched in (True, False):
+rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+
+
+def wrapped(model, kind):
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    if kind == "fsdp1":
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def losses_of(kind, patched):
     model = model_of()
     if patched:
         apply(model)
-    ddp = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
-    for step in range(6):
-        p = 2 if step < 3 else 1
+    model = wrapped(model, kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for step in range(8):
+        p = 2 if step < 4 else 1
         tokens, labels = batch_of(step, images=4)
         part = slice(2 * rank, 2 * rank + 2)
-        table = coarse_rotary_table(model_of(), p)
-        options = dict(targets=tokens[part], p=p, patch_size=p * p, freqs_cis=table)
-        loss = ddp(idx=tokens[part], cond_idx=labels[part], **options)[1]
+        options = dict(targets=tokens[part], p=p, patch_size=p * p, freqs_cis=coarse_rotary_table(model_of(), p))
+        loss = model(idx=tokens[part], cond_idx=labels[part], **options)[1]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    models.append(model)
-for (name, ours), theirs in zip(models[0].named_parameters(), models[1].parameters()):
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda text: f"{name}: {text}")
-# Both ranks hold the same weights, and those of the whole batch on one rank.
-gathered = [torch.empty_like(models[0].output.weight) for _ in range(2)]
-dist.all_gather(gathered, models[0].output.weight.detach())
-assert torch.equal(*gathered)
+        losses.append(loss.detach())
+    losses = torch.stack(losses)
+    dist.all_reduce(losses)
+    return losses / 2
+
+
+expected = losses_of("ddp", False)
+for kind in ("ddp", "fsdp1", "fsdp2"):
+    torch.testing.assert_close(losses_of(kind, True), expected, rtol=1e-5, atol=0, msg=lambda text: f"{kind}: {text}")
 dist.destroy_process_group()
-print("equal")
+print("equal", expected.tolist())
 """
 
 
 def test_two_ranks(tmp_path):
+    """Averaged over two processes, sharded or not, the losses are the official formulation's, and the whole batch's."""
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, cwd=ROOT)
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(script)]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=180, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("equal") == 2
+    expected = json.loads(result.stdout.partition("equal ")[2].splitlines()[0])
+
+    model = model_of()
+    apply(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step, loss_on_two in enumerate(expected):
+        tokens, labels = batch_of(step, images=4)
+        loss = model(tokens, labels, targets=tokens, p=2 if step < 4 else 1)[1]
+        assert loss.item() == pytest.approx(loss_on_two, rel=1e-5)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 class Scaled(nn.Embedding):

@@ -334,10 +334,8 @@ def _compare(patched: PatchForward) -> None:
         for weight in weights:  # it starts at zero, where every arithmetic gives the same loss
             weight.normal_(std=2 / math.sqrt(weight.shape[-1]))
         tokens = torch.randint(weights[0].shape[0], (1, model.block_size), device=device)
-        if getattr(model, "model_type", "c2i") == "t2i":
-            condition = torch.randn(1, model.cls_token_num, model.config.caption_dim, device=device, dtype=dtype)
-        else:
-            condition = torch.zeros(1, dtype=torch.int64, device=device)
+        caption = getattr(model.cls_embedding, "uncond_embedding", None)  # of a model that is conditioned on text
+        condition = torch.zeros(1, dtype=torch.int64, device=device) if caption is None else caption[None]
         options: dict[str, Any] = {}
         if patched.takes_patches:
             options = {"p": 1, "patch_size": 1, "freqs_cis": patched.tables[1]}
