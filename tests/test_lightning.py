@@ -259,7 +259,9 @@ total = module.head.weight.detach().clone()
 gathered = [torch.empty_like(total) for _ in range(2)]
 torch.distributed.all_gather(gathered, total)
 assert torch.equal(*gathered)
-print("equal")
+print("equal", flush=True)
+torch.distributed.barrier()  # a process that ends first would abort the other
+torch.distributed.destroy_process_group()
 """
 
 
