@@ -182,7 +182,7 @@ class Transformer(nn.Module):
         if valid is not None:
             losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
             weights = valid[:, None].repeat(1, targets.shape[1]).flatten()
-            return logits, (losses * weights).sum() / max(weights.sum(), 1)  # type: ignore[call-overload]
+            return logits, (losses * weights).sum() / weights.sum().clamp(min=1)
         expanded = logits.unsqueeze(2).repeat(1, 1, p**2, 1).flatten(0, 2)
         return logits, F.cross_entropy(expanded, unfolded(targets[..., None].float(), p).long().flatten())
 
