@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -145,7 +145,7 @@ class Transformer(nn.Module):
         """Make the caches for sampling."""
         shape = (batch_size, self.config.n_head, length, self.config.dim // self.config.n_head)
         for layer in self.layers:
-            layer.attention.kv_cache = Cache(shape)
+            cast(Any, layer).attention.kv_cache = Cache(shape)
         self.causal_mask = torch.ones(length, length, dtype=torch.bool).tril().expand(batch_size, -1, -1)
 
     def forward(
