@@ -2,7 +2,7 @@
 
     python -m bench.trainer_step --official DIR --json FILE      # under four minutes on an H100
 
-``DIR`` holds, of github.com/PKU-YuanGroup/Next-Patch-Prediction, the folders ``autoregressive/`` and ``utils/``. Read are
+``DIR`` holds the folders ``autoregressive/`` and ``utils/`` of github.com/PKU-YuanGroup/Next-Patch-Prediction. Read are
 ``autoregressive/models/gpt.py``, ``utils/drop_path.py`` and ``utils/patchify.py``. The model, its dropout, autocast to
 bfloat16, clipping and fused AdamW are those of its training script, the batch is random and the same for all.
 
