@@ -168,6 +168,8 @@ def run_part(options: argparse.Namespace, contender: str, patch: int, mode: str)
         part = Part(options, contender, patch, mode)
         train = StepGraph(part.step, optimizers=part.capturable)
         on_gpu = part.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()  # the model was made on another stream than it runs on
         # What is compiled keeps nodes of autograd on the stream that it first ran on: that of the capture to come.
         with torch.cuda.stream(train.stream) if on_gpu and mode == "compile" else nullcontext():
             if options.warm:
@@ -250,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     patches, modes = [int(patch) for patch in options.patches.split(",")], options.modes.split(",")
     parts = [(contender, patch, mode) for mode in modes for patch in patches for contender in CONTENDERS]
     if options.compile_ahead:
-        compile_ahead(options, parts, limit=options.time_limit / 3)
+        compile_ahead(options, parts, limit=options.time_limit / 4)
         print(f"{time.monotonic() - started:5.0f} s  compiled ahead", flush=True)
     cells: list[dict[str, Any]] = []
     on_gpu = torch.cuda.is_available()
