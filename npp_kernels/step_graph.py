@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map
 
 from npp_kernels._recorder import Recorder, cloned, with_index
@@ -97,8 +98,9 @@ class StepGraph:
 
     Args:
         step: the function.
-        optimizers: those that it steps. Each is checked: capturable, a learning rate that is a tensor, and numbers that
-            are still those of the capture; and a capture that fails leaves the gradients of their parameters alone.
+        optimizers: those that it steps, checked before the first step; others are found, and checked, as they step in
+            the warm-up. They have to be capturable, with a learning rate that is a tensor, and other numbers that stay
+            those of the capture. A capture that fails leaves the gradients of their parameters alone.
         warmup: calls before a capture, at least 2; None for 3, or 11 where `torch.distributed` is initialized.
         max_graphs: patches and sets of shapes at the same time. One more is an error: batches of ever new shapes would
             be captured for ever.
@@ -260,7 +262,7 @@ class StepGraph:
                 f"with shapes {[tuple(tensor.shape) for tensor in tensors]}, beside {known}: drop incomplete batches "
                 "(drop_last=True), release() what is over, or raise max_graphs"
             )
-        self._check_optimizers(device)
+        self._check_optimizers(device, self.optimizers)
         buffers = [torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for tensor in tensors]
         return self._stages.setdefault(key, _Stage(named, buffers))
 
@@ -274,7 +276,11 @@ class StepGraph:
         rates = self._rates()
         versions = [rate._version for rate in rates]
         watched = stage.warm_steps == self._warmup_steps() - 1
-        outputs, waits = recorder.run(lambda: self._compute(stage), watched=watched)
+        hook = register_optimizer_step_pre_hook(lambda optimizer, *_: self._take_note_of(optimizer, recorder.device))
+        try:
+            outputs, waits = recorder.run(lambda: self._compute(stage), watched=watched)
+        finally:
+            hook.remove()
         if waits:
             raise RuntimeError(
                 f"step: expected no wait for the GPU, since a graph cannot hold one, got {'; '.join(waits)}. Usual: "
@@ -335,8 +341,14 @@ class StepGraph:
         rates = [group.get("lr") for optimizer in self.optimizers for group in optimizer.param_groups]
         return [rate for rate in rates if isinstance(rate, Tensor)]
 
-    def _check_optimizers(self, device: torch.device) -> None:
-        for optimizer in self.optimizers:
+    def _take_note_of(self, optimizer: Optimizer, device: torch.device) -> None:
+        """Check an optimizer that is about to step, if nobody has named it."""
+        if all(optimizer is not known for known in self.optimizers):
+            self._check_optimizers(device, (optimizer,))
+            self.optimizers += (optimizer,)
+
+    def _check_optimizers(self, device: torch.device, optimizers: Sequence[Optimizer]) -> None:
+        for optimizer in optimizers:
             name = type(optimizer).__name__
             for number, group in enumerate(optimizer.param_groups):
                 where = f"group {number} of {name}"

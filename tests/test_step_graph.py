@@ -32,6 +32,8 @@ class Graph:
 class Recorder:
     """Stands in for CUDA's side on the CPU: `record` computes nothing that lasts, as a capture does not."""
 
+    device = torch.device("cpu")
+
     def __init__(self, state):
         self.state, self.waits, self.error, self.pools = state, [], None, 1
         self.log = []
@@ -234,7 +236,31 @@ def test_an_optimizer_that_a_graph_would_freeze(optimizer, words, monkeypatch):
     monkeypatch.setattr(npp_kernels.step_graph, "with_index", lambda device: torch.device("cuda", 0))
     train = StepGraph(lambda x: x, optimizers=optimizer(nn.Parameter(torch.zeros(3))))
     with pytest.raises(ValueError, match=f"optimizers: expected .*{words}"):
-        train._check_optimizers(torch.device("cuda", 0))
+        train._check_optimizers(torch.device("cuda", 0), train.optimizers)
+
+
+def test_an_optimizer_that_nobody_named_is_found_before_it_steps():
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizers = [torch.optim.SGD([parameter], lr) for lr in (0.1, torch.tensor(0.1))]
+
+    def step(x, *, which):
+        (parameter * x).sum().backward()
+        optimizers[which].step()
+        optimizers[which].zero_grad()
+        return parameter.detach().sum()
+
+    train, _ = graph_of(step, [parameter.data])
+    with pytest.raises(ValueError, match=r"optimizers: expected a learning rate that is a tensor.*the number 0\.1"):
+        train(torch.ones(3), which=0)
+    assert parameter.tolist() == [0.0] * 3
+    parameter.grad = None
+    for _ in range(4):
+        train(torch.ones(3), which=1)
+    assert train.optimizers == (optimizers[1],)
+    optimizers[0].step()  # outside of the step nobody looks
+    optimizers[1].param_groups[0]["momentum"] = 0.5
+    with pytest.raises(RuntimeError, match="optimizers: expected momentum of group 0 as it was"):
+        train(torch.ones(3), which=1)
 
 
 def test_a_learning_rate_that_the_step_sets():
@@ -601,8 +627,7 @@ def test_optimizers_that_a_graph_would_freeze():
 
 
 @pytest.mark.gpu
-def test_an_optimizer_that_nobody_named_is_refused_at_the_capture():
-    """PyTorch itself says so then; the process and the training go on without a graph."""
+def test_an_optimizer_that_nobody_named_is_refused_as_it_steps():
     parameter = nn.Parameter(torch.zeros(3, device="cuda"))
     optimizer = torch.optim.AdamW([parameter], 0.1)
 
@@ -612,11 +637,13 @@ def test_an_optimizer_that_nobody_named_is_refused_at_the_capture():
         optimizer.zero_grad()
 
     train, x = StepGraph(step), torch.ones(3, device="cuda")
-    with pytest.raises(RuntimeError, match=r"step: expected one that a CUDA graph can hold.*capturable"):
-        [train(x) for _ in range(5)]
+    with pytest.raises(ValueError, match="optimizers: expected capturable=True, got capturable=False"):
+        train(x)
+    assert not parameter.any()
     optimizer.zero_grad()
     train.enabled = False
     train(x)
+    assert parameter.all()
 
 
 @pytest.mark.gpu
