@@ -38,7 +38,7 @@ from npp_kernels.integrations.llamagen import apply, coarse_rotary_table
 CONTENDERS = ("official", "patched")
 SIZES = {"B": (12, 12, 768), "L": (24, 16, 1024), "tiny": (2, 2, 64)}  # layers, heads, width
 SETTLING_STEPS = 10
-SECONDS_OF_STEPS = 2.5  # and at least 20 steps
+MIN_STEPS = 20
 
 
 def make_model(options: argparse.Namespace, device: torch.device) -> Any:
@@ -111,7 +111,7 @@ class Part:
         return loss.detach().clone()
 
 
-def measure(step: Callable[[Tensor, Tensor], Tensor], part: Part) -> dict[str, Any]:
+def measure(step: Callable[[Tensor, Tensor], Tensor], part: Part, seconds: float) -> dict[str, Any]:
     """Return the median time of steps that follow each other without a pause, and the last loss."""
     batch = part.tokens, part.labels
     started = time.perf_counter()
@@ -122,7 +122,7 @@ def measure(step: Callable[[Tensor, Tensor], Tensor], part: Part) -> dict[str, A
     started = time.perf_counter()
     for _ in range(3):
         step(*batch).item()
-    count = max(20, int(SECONDS_OF_STEPS / ((time.perf_counter() - started) / 3)))
+    count = max(MIN_STEPS, int(3 * seconds / (time.perf_counter() - started)))
     if part.device.type == "cuda":
         events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
         events[0].record()
@@ -176,14 +176,14 @@ def run_part(options: argparse.Namespace, contender: str, patch: int, mode: str)
                 for _ in range(2):
                     part.step(part.tokens, part.labels).item()
                 return []
-            cells.append(name | {"mode": mode} | measure(part.step, part) | memory())
+            cells.append(name | {"mode": mode} | measure(part.step, part, options.seconds) | memory())
         if mode == "compile":
             current = "graph"
             if on_gpu:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             part.optimizer = part.capturable
-            cells.append(name | {"mode": current} | measure(train, part) | memory())
+            cells.append(name | {"mode": current} | measure(train, part, options.seconds) | memory())
     except Exception as error:  # whatever fails in one part, the others are still wanted
         cells.append(name | {"mode": current, "error": f"{type(error).__name__}: {str(error)[:600]}"})
     return cells
@@ -235,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--patches", default="4,2,1", help="in this order")
     parser.add_argument("--modes", default="compile,reduce-overhead", help="compile also measures graph")
+    parser.add_argument("--seconds", type=float, default=2.5, help="of steps for each time, and at least 20 steps")
     parser.add_argument("--compile-ahead", type=int, default=6, help="processes that compile first; 0 for none")
     parser.add_argument("--time-limit", type=float, default=230.0, help="seconds; no part begins after that")
     parser.add_argument("--only", help=argparse.SUPPRESS)
