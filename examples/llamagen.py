@@ -48,7 +48,7 @@ def train(model: Any, epochs: int, *, patched: bool, device: torch.device) -> li
     steps_per_epoch = 10  # theirs: int(len(dataset) / global_batch_size)
     schedule = official_schedule(levels=3, epochs=epochs, steps_per_epoch=steps_per_epoch)
 
-    lr = torch.tensor(2e-3, device=device)
+    lr = torch.tensor(1e-3, device=device)
     on_gpu = device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05, fused=on_gpu, capturable=on_gpu)
 
@@ -71,7 +71,7 @@ def train(model: Any, epochs: int, *, patched: bool, device: torch.device) -> li
     for stage in schedule.stages:
         started, losses = time.perf_counter(), []
         for number in range(stage.start, stage.end):
-            lr.fill_(2e-3 * schedule.lr_factor(number, warmup_steps=5, decay_ratio=0.2, end_factor=0.1))
+            lr.fill_(1e-3 * schedule.lr_factor(number, warmup_steps=5, decay_ratio=0.2, end_factor=0.1))
             chosen = torch.randint(len(tokens), (BATCH_SIZE,), generator=generator)
             batch = tokens[chosen].flatten(1).to(device), labels[chosen].to(device)
             losses.append(run(*batch, patch=stage.patch))
