@@ -467,6 +467,19 @@ def test_the_comparison_leaves_no_trace():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_model_that_gets_its_weights_later():
+    tokens, labels = batch_of()
+    with torch.device("meta"):
+        model = Transformer(**SIZE)
+    model.freqs_cis = model_of().freqs_cis
+    with pytest.raises(ValueError, match="model: expected weights to compare with, got a model on meta"):
+        apply(model)
+    apply(model, check=False)
+    model.to_empty(device="cpu").load_state_dict(model_of().state_dict())
+    with apply(model_of()) as patched:
+        assert model(tokens, labels, targets=tokens, p=2)[1] == patched.model(tokens, labels, targets=tokens, p=2)[1]
+
+
 def test_errors_name_the_argument():
     tokens, labels = batch_of()
     model = model_of()

@@ -213,6 +213,7 @@ class PatchForward:
         self.takes_patches = "p" in inspect.signature(model.forward).parameters
         side = _side(model)
         device = next(model.parameters()).device
+        device = torch.device("cpu") if device.type == "meta" else device  # they move with the model
         patches = [patch for patch in range(1, side + 1) if side % patch == 0]
         self.tables = {patch: coarse_rotary_table(model, patch).to(device) for patch in patches}
 
@@ -324,8 +325,10 @@ def _check_table(name: str, table: Tensor, rows: int, patch: int) -> None:
 def _compare(patched: PatchForward) -> None:
     """Raise unless the model's own loss of one random image, at patch 1, is ours."""
     model = cast(Any, patched.model)
-    weights = list(model.output.parameters())
-    device, dtype = weights[0].device, weights[0].dtype
+    weights = [weight for weight in model.output.parameters() if weight.is_floating_point()]
+    device, dtype = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype
+    if device.type == "meta":
+        raise ValueError("model: expected weights to compare with, got a model on meta: apply(model, check=False)")
     was_training, table = model.training, model.freqs_cis
     before = [weight.clone() for weight in weights]
     # Autocast would keep its casts of the weights that are exchanged here.
@@ -333,7 +336,7 @@ def _compare(patched: PatchForward) -> None:
         torch.manual_seed(0)
         for weight in weights:  # it starts at zero, where every arithmetic gives the same loss
             weight.normal_(std=2 / math.sqrt(weight.shape[-1]))
-        tokens = torch.randint(weights[0].shape[0], (1, model.block_size), device=device)
+        tokens = torch.randint(model.tok_embeddings.weight.shape[0], (1, model.block_size), device=device)
         caption = getattr(model.cls_embedding, "uncond_embedding", None)  # of a model that is conditioned on text
         condition = torch.zeros(1, dtype=torch.int64, device=device) if caption is None else caption[None]
         options: dict[str, Any] = {}
