@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map
@@ -33,9 +33,15 @@ _WAITS = (
     "with an optimizer that is not fused"
 )
 
-# Of an optimizer: the objects that hold what its steps write (kept, so that no other can have their place in memory),
-# and its hyperparameters.
-_Written = tuple[Any, Any, dict[str, Any]]
+
+class _Written(NamedTuple):
+    """What a captured step of an optimizer writes and repeats."""
+
+    optimizer: Optimizer
+    state: Any  # these objects are kept, so that no other can have their place in memory
+    groups: Any
+    places: list[int]  # of the parameters
+    numbers: dict[str, Any]
 
 
 @dataclass
@@ -89,8 +95,8 @@ class StepGraph:
       ``swa_utils.AveragedModel`` reads its count on the host: call it outside.
     - *Random numbers*: the default generator counts on from step to step, as without a graph; give others as
       ``generators``. A run that is resumed warms up again and equals one that was not stopped.
-    - *Loading*: after ``optimizer.load_state_dict`` the graphs are made anew by themselves. Load a model's weights in
-      place (``load_state_dict`` does).
+    - *Loading*: after ``optimizer.load_state_dict``, and where a parameter has got other memory
+      (``parameter.data = ...``), the graphs are made anew by themselves.
     - *DistributedDataParallel*: warm-up is 11 steps where a process group exists. Set
       ``TORCH_NCCL_ASYNC_ERROR_HANDLING=0`` before the group is made, and wrap the model on StepGraph's stream:
       ``with torch.cuda.stream(train.stream): model = DistributedDataParallel(model)``.
@@ -322,13 +328,13 @@ class StepGraph:
         self, stage: _Stage, device: torch.device, tensors: Sequence[Tensor], options: dict[str, Hashable]
     ) -> _Stage:
         """Return the stage if its graph still computes what the step would; a new one if the optimizer was loaded."""
-        for optimizer, (state, groups, before) in zip(self.optimizers, stage.written, strict=True):
-            if optimizer.state is not state or optimizer.param_groups is not groups:
+        for then in stage.written:
+            now = _written_by(then.optimizer)
+            if now.state is not then.state or now.groups is not then.groups or now.places != then.places:
                 self.release()  # load_state_dict puts new tensors in the place of those that the graphs write
                 return self._stage_of(device, tensors, options)
-            now = _numbers(optimizer)
-            for name in now:
-                was, value = before.get(name), now[name]
+            for name, value in now.numbers.items():
+                was = then.numbers.get(name)
                 if was is value or (not isinstance(was, Tensor) and not isinstance(value, Tensor) and was == value):
                     continue
                 raise RuntimeError(
@@ -365,17 +371,15 @@ class StepGraph:
 
 
 def _written_by(optimizer: Optimizer) -> _Written:
-    return optimizer.state, optimizer.param_groups, _numbers(optimizer)
-
-
-def _numbers(optimizer: Optimizer) -> dict[str, Any]:
-    """Return the hyperparameters of an optimizer, by name and group."""
-    return {
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    places = [parameter.data_ptr() for parameter in parameters if type(parameter) is nn.Parameter]
+    numbers = {
         f"{name} of group {index}": value
         for index, group in enumerate(optimizer.param_groups)
         for name, value in group.items()
         if name not in _UNUSED_BY_A_STEP
     }
+    return _Written(optimizer, optimizer.state, optimizer.param_groups, places, numbers)
 
 
 def _detached(output: Any) -> Any:

@@ -216,6 +216,9 @@ def test_loading_the_optimizer_makes_the_graphs_anew():
     for _ in range(3):
         train(torch.ones(3))
     assert len(train.captured) == 1
+    parameter.data = parameter.data.clone()  # other memory, which no graph knows
+    train(torch.ones(3))
+    assert train.captured == []
 
 
 @pytest.mark.parametrize(
@@ -261,6 +264,29 @@ def test_an_optimizer_that_nobody_named_is_found_before_it_steps():
     optimizers[1].param_groups[0]["momentum"] = 0.5
     with pytest.raises(RuntimeError, match="optimizers: expected momentum of group 0 as it was"):
         train(torch.ones(3), which=1)
+
+
+def test_a_stage_that_only_adds_knows_no_optimizer():
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([parameter], torch.tensor(1.0))
+    parameter.grad = torch.zeros(3)
+
+    def step(x, *, update):
+        parameter.grad.add_(x)
+        if update:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        return parameter.detach().sum()
+
+    train, _ = graph_of(step, [parameter.data, parameter.grad], warmup=2)
+    for number in range(16):
+        train(torch.ones(3), update=number % 4 == 3)
+    assert parameter.tolist() == [-16.0] * 3
+    assert len(train.captured) == 2
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    train(torch.ones(3), update=False)
+    with pytest.raises(RuntimeError, match="optimizers: expected weight_decay of group 0 as it was"):
+        train(torch.ones(3), update=True)
 
 
 def test_a_learning_rate_that_the_step_sets():
