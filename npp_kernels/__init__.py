@@ -9,6 +9,7 @@ from npp_kernels.losses.patch_cross_entropy import patch_cross_entropy
 from npp_kernels.modules import LinearPatchCrossEntropyLoss, PatchCrossEntropyLoss, PatchEmbedding
 from npp_kernels.patch_mean import patch_mean
 from npp_kernels.schedule import PatchSchedule, Stage
+from npp_kernels.step_graph import StepGraph
 
 __all__ = [
     "LinearPatchCrossEntropyLoss",
@@ -17,6 +18,7 @@ __all__ = [
     "PatchLossStats",
     "PatchSchedule",
     "Stage",
+    "StepGraph",
     "check_ids",
     "group_mean",
     "group_tokens",

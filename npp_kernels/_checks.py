@@ -10,6 +10,7 @@ from torch import Tensor
 
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ID_DTYPES = (torch.int32, torch.int64)
+STORED_ID_DTYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.uint64)
 
 
 def read_switch(name: str) -> bool:
@@ -75,7 +76,8 @@ def check_groups(groups: Tensor) -> None:
     """Raise unless ``groups`` is a tensor ``[..., K]`` of int32 or int64 with K of at least 1."""
     check_tensor("groups", groups)
     if groups.dtype not in ID_DTYPES:
-        raise TypeError(f"groups: expected int32 or int64, got {described(groups)}")
+        way_out = ": pass groups.long()" if groups.dtype in STORED_ID_DTYPES else ""
+        raise TypeError(f"groups: expected int32 or int64, got {described(groups)}{way_out}")
     if groups.ndim < 1 or groups.shape[-1] < 1:
         raise ValueError(f"groups: expected [..., K] with K of at least 1, got {described(groups)}")
 

@@ -79,6 +79,24 @@ def resolve_grid(
     return leading, sizes
 
 
+def resolve_geometry(
+    name: str, shape: Sequence[int], patch: Patch, grid: Sequence[int] | None
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the patch as a tuple, and ``shape`` split into leading axes and grid: `resolve_patch` and `resolve_grid`.
+
+    An int without ``grid`` is a square patch of images in a batch. Where there are two axes or fewer it is refused: a
+    batch of sequences and one image look alike, and taken for the other, groups would mix sequences.
+    """
+    sizes = resolve_patch(patch, grid)
+    if isinstance(patch, int) and grid is None and len(shape) < 3:
+        raise ValueError(
+            f"patch: expected a tuple, or grid=, since the axes {tuple(shape)} of {name} may be sequences or an image, "
+            f"got {patch}: pass ({patch},) for {patch} tokens in a row, ({patch}, {patch}) for a patch of an image, or "
+            "grid=(L,) or grid=(H, W)"
+        )
+    return sizes, *resolve_grid(name, shape, sizes, grid)
+
+
 def _patterns(rank: int) -> tuple[str, str]:
     """Return the einops patterns of a grid of this rank and of its groups."""
     axes = _AXES[MAX_GRID_RANK - rank :]
@@ -96,14 +114,20 @@ def group_tokens(tokens: Tensor, patch: Patch, *, grid: Sequence[int] | None = N
     [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
     >>> npp_kernels.group_tokens(torch.arange(6), (3,)).tolist()
     [[0, 1, 2], [3, 4, 5]]
+    >>> text = torch.arange(12).view(2, 6)
+    >>> npp_kernels.group_tokens(text, 3, grid=(6,)).shape  # the patch of a schedule, an int or a tuple
+    torch.Size([2, 2, 3])
 
     Args:
-        tokens: ids of any integer dtype. ``[..., H, W]`` for a 2-D patch, ``[..., T, H, W]`` for a 3-D one,
-            ``[..., L]`` for a 1-D one; or flat in raster order, ``[..., H·W]``, together with ``grid``. Where the last
-            axes equal ``grid``, they are taken as the grid; else the last axis is taken as flat.
-        patch: patch size in tokens: an int for that size on every axis of ``grid`` (two axes without ``grid``), or a
-            tuple ``(kh, kw)``, ``(kt, kh, kw)`` or ``(k,)``.
-        grid: the size of the grid in tokens, ``(H, W)``, ``(T, H, W)`` or ``(L,)``.
+        tokens: ids of any integer dtype (the operations take int32 and int64: small stored ids need one ``.long()``).
+            ``[..., H, W]`` for a 2-D patch, ``[..., T, H, W]`` for a 3-D one, ``[..., L]`` for a 1-D one; or
+            flat in raster order, ``[..., H·W]``, together with ``grid``. Where the last axes equal ``grid``, they are
+            taken as the grid; else the last axis is taken as flat.
+        patch: patch size in tokens: a tuple ``(kh, kw)``, ``(kt, kh, kw)`` or ``(k,)``; or an int for that size on
+            every axis of ``grid``. Without ``grid`` an int is a square patch, and ``tokens`` have three axes or more:
+            two may be sequences ``[B, L]`` as well as an image ``[H, W]``.
+        grid: the size of the grid in tokens, ``(H, W)``, ``(T, H, W)`` or ``(L,)``. Flat tokens do not show which of
+            two grids they had: ``(10, 6)`` for images of 6×10 gives other groups, and no error.
 
     Returns:
         ``[..., P, K]`` of the same dtype: P groups in raster order over the coarse grid, K ids in raster order inside
@@ -111,7 +135,8 @@ def group_tokens(tokens: Tensor, patch: Patch, *, grid: Sequence[int] | None = N
 
     Raises:
         TypeError: ``tokens`` is not an integer tensor, ``patch`` is not an int or a tuple of ints.
-        ValueError: the patch does not divide the grid, has another rank, or the grid does not match ``tokens``.
+        ValueError: the patch does not divide the grid, has another rank, or is an int where the number of axes is
+            open; or the grid does not match ``tokens``.
 
     Numerics:
         Exact; ids are only moved.
@@ -124,8 +149,7 @@ def group_tokens(tokens: Tensor, patch: Patch, *, grid: Sequence[int] | None = N
     """
     check_tensor("tokens", tokens)
     check_integer_dtype("tokens", tokens)
-    sizes = resolve_patch(patch, grid)
-    leading, grid_sizes = resolve_grid("tokens", tokens.shape, sizes, grid)
+    sizes, leading, grid_sizes = resolve_geometry("tokens", tokens.shape, patch, grid)
     from_grid, to_groups = _patterns(len(sizes))
     steps = {f"k{axis}": step for axis, step in zip(_AXES[-len(sizes) :], sizes, strict=True)}
     return rearrange(tokens.reshape(*leading, *grid_sizes), f"{from_grid} -> {to_groups}", **steps)

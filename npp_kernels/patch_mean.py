@@ -22,7 +22,7 @@ from torch import Tensor
 from npp_kernels._autograd import first_order_only, refuse_transforms
 from npp_kernels._checks import check_floating
 from npp_kernels._dispatch import cdiv, launch, next_power_of_2, runs_kernels
-from npp_kernels.grouping import MAX_GRID_RANK, Patch, resolve_grid, resolve_patch
+from npp_kernels.grouping import MAX_GRID_RANK, Patch, resolve_geometry
 
 BLOCK_ELEMENTS = 2048
 MAX_BLOCK_HIDDEN = 512
@@ -185,7 +185,8 @@ def patch_mean(embeddings: Tensor, patch: Patch, *, grid: Sequence[int] | None =
 
     Raises:
         TypeError: ``embeddings`` has another dtype or is a `DTensor`; ``patch`` is not an int or a tuple of ints.
-        ValueError: the patch does not divide the grid, has another rank, or the grid does not match ``embeddings``.
+        ValueError: the patch does not divide the grid, has another rank, or is an int where the number of axes is
+            open; or the grid does not match ``embeddings``.
         RuntimeError: a double backward, or a transform of `torch.func`.
 
     Numerics:
@@ -200,8 +201,7 @@ def patch_mean(embeddings: Tensor, patch: Patch, *, grid: Sequence[int] | None =
     check_floating("embeddings", embeddings)
     if embeddings.ndim < 2:
         raise ValueError(f"embeddings: expected [..., H, W, D] or [..., H·W, D], got shape {tuple(embeddings.shape)}")
-    sizes = resolve_patch(patch, grid)
-    leading, grid_sizes = resolve_grid("embeddings", embeddings.shape[:-1], sizes, grid)
+    sizes, leading, grid_sizes = resolve_geometry("embeddings", embeddings.shape[:-1], patch, grid)
     hidden_size = embeddings.shape[-1]
     num_patches = math.prod(grid_sizes) // math.prod(sizes)
     if math.prod(sizes) == 1:

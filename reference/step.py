@@ -1,14 +1,12 @@
 """One training step: forward, loss, backward, clipping, update and moving average, as one CUDA graph for each stage.
 
-A coarse stage has short sequences, and its kernels are over before the host has launched the next ones. Replaying the
-whole step as one graph leaves the host a single launch, so that a coarse step takes the time that its work takes.
-
-Inputs and learning rate live in tensors that never move; sums of the loss and of the gradient's norm stay on the
-device until somebody asks for them. Nothing in a step waits for the GPU.
+`npp_kernels.StepGraph` captures and replays it. The learning rate lives in a tensor that never moves; sums of the loss
+and of the gradient's norm stay on the device until somebody asks for them. Nothing in a step waits for the GPU.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from npp_kernels import group_tokens
+from npp_kernels import StepGraph, group_tokens
 from npp_kernels.grouping import Patch
 from reference.model import Block, Transformer
 from reference.optimizer import AdamWConfig, FlatAdamW, OfficialAdamW
 
-WARMUP_STEPS = 3  # ordinary steps of a stage before its graph is captured: they compile, and make cuBLAS's workspaces
+WARMUP_STEPS = 3  # ordinary steps of a stage before its graph is captured
 SETUP_STEPS = WARMUP_STEPS + 1  # and the one that captures: steps of a stage that take longer than later ones
 
 
@@ -123,35 +121,25 @@ class TrainStep:
             # Averages the gradients of all processes while the backward still computes others.
             self._loss = DistributedDataParallel(Loss(model), gradient_as_bucket_view=True)
 
-        part = (config.accumulate, batch_size // config.accumulate)
-        self.tokens = torch.zeros(*part, *model.config.grid, dtype=torch.int64, device=device)
-        self.labels = torch.zeros(*part, dtype=torch.int64, device=device)
-        self.num_targets = self.tokens.numel()  # of all parts: each adds its share of the mean
+        self.device = device
+        self.num_targets = batch_size * math.prod(model.config.grid)  # of all parts: each adds its share of the mean
         self.sums = torch.zeros(2, device=device)  # of the losses and of the gradient's norms since the last report
         self.summed_steps = 0
 
-        self._uses_graph = config.graph and device.type == "cuda" and not config.official
-        self._side_stream: torch.cuda.Stream | None = None  # of warm-ups and captures
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._patch: Patch | None = None
-        self._steps_at_patch = 0
+        self._run = StepGraph(
+            self._compute,
+            warmup=WARMUP_STEPS,
+            release_past=True,
+            device=device,
+            enabled=config.graph and not config.official,
+        )
 
     def run(self, tokens: Tensor, labels: Tensor, patch: Patch, lr: float) -> None:
         """Train on one batch: tokens ``[B, H, W]`` and labels ``[B]``, on any device (pinned memory copies best)."""
-        self.tokens.copy_(tokens.view(self.tokens.shape), non_blocking=True)
-        self.labels.copy_(labels.view(self.labels.shape), non_blocking=True)
+        if tokens.numel() != self.num_targets:
+            raise ValueError(f"tokens: expected the {self.num_targets} of a batch, got shape {tuple(tokens.shape)}")
         self.optimizer.set_lr(lr)
-        if patch != self._patch:
-            self._graph, self._patch, self._steps_at_patch = None, patch, 0
-        if not self._uses_graph:
-            self._compute(patch)
-        elif self._steps_at_patch < WARMUP_STEPS:
-            self._warm_up(patch)
-        else:
-            if self._graph is None:
-                self._graph = self._capture(patch)
-            self._graph.replay()
-        self._steps_at_patch += 1
+        self._run(tokens, labels, patch=patch)
         self.summed_steps += 1
 
     def report(self) -> Progress:
@@ -169,7 +157,7 @@ class TrainStep:
         """Return the context in which the model computes."""
         if self.config.precision != "autocast":
             return nullcontext()
-        return torch.autocast(self.tokens.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def state(self) -> dict[str, Any]:
         """Return all that a checkpoint needs of the step: the optimizer's state, and the sums of the next report."""
@@ -182,33 +170,14 @@ class TrainStep:
         self.sums.copy_(state["sums"])
         self.summed_steps = state["summed_steps"]
 
-    def _compute(self, patch: Patch) -> None:
-        """Compute one step on what the input tensors hold."""
-        for part in range(self.config.accumulate):
-            groups = group_tokens(self.tokens[part], patch)
+    def _compute(self, tokens: Tensor, labels: Tensor, *, patch: Patch) -> None:
+        """Compute one step."""
+        parts = self.config.accumulate
+        for part, (images, classes) in enumerate(zip(tokens.chunk(parts), labels.chunk(parts), strict=True)):
+            groups = group_tokens(images, patch, grid=self.model.config.grid)
             with self.precision():
-                loss = self._loss(groups, self.labels[part], patch, num_targets=self.num_targets)
+                loss = self._loss(groups, classes, patch, num_targets=self.num_targets)
             loss.backward()
             self.sums[0].add_(loss.detach())
             self.optimizer.collect(first=part == 0)
         self.sums[1].add_(self.optimizer.update())
-
-    def _warm_up(self, patch: Patch) -> None:
-        """Compute one step on a side stream, as capture will, so that nothing is set up for the first time in it."""
-        current = torch.cuda.current_stream()
-        stream = self._side_stream = self._side_stream or torch.cuda.Stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            self._compute(patch)
-        current.wait_stream(stream)
-
-    def _capture(self, patch: Patch) -> torch.cuda.CUDAGraph:
-        """Capture one step; it is not computed by this."""
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # the graph's memory is its own: leave it what the warm-up no longer needs
-        graph = torch.cuda.CUDAGraph()
-        # On the stream of the warm-up: what it compiled keeps autograd's nodes, and a node stays on the stream that it
-        # was made on. The thread that pins the loader's memory calls CUDA at any time, and must not end this capture.
-        with torch.cuda.graph(graph, stream=self._side_stream, capture_error_mode="thread_local"):
-            self._compute(patch)
-        return graph

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from npp_kernels import group_tokens, ungroup_tokens
+from npp_kernels import group_mean, group_tokens, ungroup_tokens
 
 
 @pytest.mark.parametrize(
@@ -45,10 +45,29 @@ def test_flat_tokens_need_a_grid():
     assert torch.equal(group_tokens(torch.arange(8), 4, grid=(8,)), torch.arange(8).view(2, 4))
 
 
+def test_an_int_is_that_size_on_every_axis_of_the_grid():
+    text, images = torch.randint(1000, (8, 64)), torch.randint(1000, (8, 6, 4))
+    assert torch.equal(group_tokens(text, 4, grid=(64,)), text.view(8, 16, 4))
+    assert torch.equal(group_tokens(text, (4,), grid=text.shape[-1:]), text.view(8, 16, 4))
+    assert torch.equal(group_tokens(images, 2), group_tokens(images, (2, 2)))  # three axes: a batch of images
+    assert torch.equal(group_tokens(images[0], 2, grid=(6, 4)), group_tokens(images, 2)[0])
+    video = torch.randint(1000, (3, 2, 4, 6, 8))
+    assert torch.equal(group_tokens(video, 2), group_tokens(video, (2, 2)))
+    assert torch.equal(group_tokens(video, 2, grid=(4, 6, 8)), group_tokens(video, (2, 2, 2)))
+
+
+def test_small_ids_are_grouped_and_the_operations_say_what_they_need():
+    groups = group_tokens(torch.arange(16, dtype=torch.uint8).view(1, 4, 4), 2)
+    table = torch.randn(16, 3)
+    with pytest.raises(TypeError, match=r"groups: expected int32 or int64, got .* uint8 on cpu: pass groups.long\(\)"):
+        group_mean(table, groups)
+    assert group_mean(table, groups.long()).shape == (1, 4, 3)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.int64])
 def test_keeps_the_dtype(dtype):
     tokens = torch.arange(16).view(4, 4).to(dtype)
-    groups = group_tokens(tokens, 2)
+    groups = group_tokens(tokens, (2, 2))
     assert groups.dtype == dtype
     assert ungroup_tokens(groups, 2, grid=(4, 4)).dtype == dtype
 
@@ -61,9 +80,12 @@ def test_transposed_tokens():
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "words"),
     [
-        (((4, 6), 4), {}, ValueError, r"patch: .*\(4, 6\).*4 does not divide 6 on axis 1"),
+        (((1, 4, 6), 4), {}, ValueError, r"patch: .*\(4, 6\).*4 does not divide 6 on axis 1"),
         (((4, 6), (2, 2, 2)), {}, ValueError, "tokens: expected at least 3 axes"),
-        (((24,), 2), {}, ValueError, "tokens: expected at least 2 axes.*grid="),
+        (((24,), (2, 2)), {}, ValueError, "tokens: expected at least 2 axes.*grid="),
+        (((8, 64), 4), {}, ValueError, r"patch: expected a tuple, or grid=.*got 4.*\(4,\).*\(4, 4\).*grid=\(H, W\)"),
+        (((8, 64), 1), {}, ValueError, "patch: expected a tuple, or grid="),  # it would drop the axis of the batch
+        (((24,), 2), {}, ValueError, "patch: expected a tuple, or grid="),
         (((25,), 2), {"grid": (4, 6)}, ValueError, r"grid: expected tokens to end in \(4, 6\) or in 24 flat"),
         (((4, 6), (2,)), {"grid": (4, 6)}, ValueError, "patch: expected one size per grid axis, 2"),
         (((4, 6), 0), {}, ValueError, "patch: expected sizes of at least 1, got 0"),
@@ -79,7 +101,7 @@ def test_errors_name_what_came(arguments, options, error, words):
 
 def test_other_errors():
     with pytest.raises(TypeError, match=r"tokens: expected an integer dtype, got .*float32"):
-        group_tokens(torch.zeros(4, 4), 2)
+        group_tokens(torch.zeros(1, 4, 4), 2)
     with pytest.raises(TypeError, match=r"tokens: expected a torch.Tensor, got list"):
         group_tokens([[1]], 1)
     with pytest.raises(ValueError, match=r"groups: expected \[..., 4, 4\].*got \(4, 3\)"):

@@ -7,9 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from npp_kernels import PatchSchedule, group_tokens
-from npp_kernels.integrations import llamagen, transformers
-from npp_kernels.integrations.lightning import PatchStages
+from npp_kernels.integrations import transformers
 from reference import ops
 
 VOCAB_SIZE, HIDDEN_SIZE = 60, 16
@@ -58,25 +56,6 @@ def expanded_loss(logits, groups):
     return F.cross_entropy(repeated.flatten(0, 2), groups.flatten())
 
 
-@pytest.mark.parametrize("patch", [1, 2, 4])
-def test_llamagen_is_the_official_formulation(patch):
-    embedding, body = nn.Embedding(VOCAB_SIZE, HIDDEN_SIZE), RunningMean()
-    output = nn.Linear(HIDDEN_SIZE, VOCAB_SIZE, bias=False)
-    tokens, condition = torch.randint(VOCAB_SIZE, (2, 64)), torch.randn(2, 1, HIDDEN_SIZE)
-
-    image = embedding(tokens).unflatten(1, (8, 8)).permute(0, 3, 1, 2)
-    expected_inputs = F.avg_pool2d(image, patch).flatten(2).transpose(1, 2)[:, :-1]
-    groups = group_tokens(tokens, patch, grid=(8, 8))
-    inputs = llamagen.patch_inputs(embedding, groups)
-    torch.testing.assert_close(inputs, expected_inputs)
-
-    hidden = body(torch.cat((condition, inputs), dim=1))
-    targets = F.unfold(tokens.view(2, 1, 8, 8).float(), patch, stride=patch).transpose(1, 2).long()
-    expected = expanded_loss(output(hidden), targets)
-    torch.testing.assert_close(llamagen.patch_loss(hidden, output, groups), expected)
-    torch.testing.assert_close(llamagen.patch_loss(hidden, output, groups, num_targets=256), expected / 2)
-
-
 def test_transformers_patch_of_one_is_the_models_own_loss():
     model = CausalLM(bias=True)
     ids = torch.randint(VOCAB_SIZE, (3, 12))
@@ -111,26 +90,3 @@ def test_transformers_refuses_what_it_would_get_wrong():
         transformers.patch_loss(scaled, ids, 2)
 
 
-def test_lightning_sets_the_stage_and_the_rate_of_every_step():
-    schedule = PatchSchedule([(2, 10), (1, 30)])
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([{"params": [parameter], "lr": 0.5}])
-    trainer, module = SimpleNamespace(global_step=0, optimizers=[optimizer]), SimpleNamespace()
-
-    def state_at(stages, step):
-        trainer.global_step = step
-        stages.on_train_batch_start(trainer, module, None, 0)
-        return module.patch, trainer.optimizers[0].param_groups[0]["lr"]
-
-    options = {"warmup_steps": 4, "decay_ratio": 0.5, "end_factor": 0.2}
-    stages = PatchStages(schedule, **options)
-    for step in (1, 5, 9, 10, 12, 29):
-        expected = schedule.at(step).patch, 0.5 * schedule.lr_factor(step, 4, 0.5, 0.2)
-        assert state_at(stages, step) == expected
-
-    resumed = torch.optim.SGD([{"params": [parameter], "lr": 0.5}])
-    resumed.load_state_dict(optimizer.state_dict())
-    trainer.optimizers = [resumed]
-    assert state_at(PatchStages(schedule, **options), 15) == (1, 0.5)
-    with pytest.raises(IndexError):
-        state_at(stages, 30)

@@ -21,14 +21,14 @@ MODULES = sorted(
 LAYERS = [
     {"__init__"},
     {f"integrations.{name}" for name in ("__init__", "llamagen", "transformers", "torchtitan", "lightning")},
-    {"integrations._packed"},
+    {"integrations._layers", "integrations._packed"},
     {"modules"},
     {"linear_patch_cross_entropy"},
     {"group_mean", "patch_mean", "patch_cross_entropy"},
     {"_exponentials"},
     {"_loss_kernels", "_segments"},
-    {"schedule"},
-    {"_triton_math", "_dispatch", "_autograd", "grouping"},
+    {"schedule", "step_graph"},
+    {"_triton_math", "_dispatch", "_autograd", "_recorder", "grouping"},
     {"_checks"},
 ]
 

@@ -90,7 +90,9 @@ def test_errors():
     with pytest.raises(ValueError, match=r"embeddings: expected .*got shape \(4,\)"):
         npp_kernels.patch_mean(torch.zeros(4), 2)
     with pytest.raises(ValueError, match="does not divide 5"):
-        npp_kernels.patch_mean(torch.zeros(5, 4, 3), 2)
+        npp_kernels.patch_mean(torch.zeros(1, 5, 4, 3), 2)
+    with pytest.raises(ValueError, match=r"patch: expected a tuple, or grid=.*axes \(8, 64\) of embeddings"):
+        npp_kernels.patch_mean(torch.zeros(8, 64, 3), 4)  # sequences, not an image
     with pytest.raises(ValueError, match="grid: expected embeddings to end in"):
         npp_kernels.patch_mean(torch.zeros(1, 15, 3), 2, grid=(4, 4))
 

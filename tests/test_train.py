@@ -234,6 +234,7 @@ def test_loss_compiles_without_a_break():
         ("precision", lambda: StepConfig(precision="bf16", official=True)),
         ("accumulate", lambda: StepConfig(accumulate=0)),
         ("batch_size", lambda: TrainStep(model_of(), StepConfig(accumulate=4), AdamWConfig(), batch_size=6)),
+        ("tokens", lambda: TrainStep(model_of(), FP32, AdamWConfig(), batch_size=3).run(*batch_of(0), patch=2, lr=0.1)),
         ("batch_size", lambda: train.Batches(load_dataset("embedded", "test"), 401, seed=0)),
         ("batch_size", lambda: train.Batches(load_dataset("embedded", "test"), 9, seed=0, processes=2)),
     ],

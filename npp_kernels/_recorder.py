@@ -1,0 +1,133 @@
+"""The CUDA side of `StepGraph`: the stream, the memory pool, and what has to be put right when a capture fails."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+_SYNC_WARNING = "called a synchronizing"
+_HARMLESS_WARNINGS = (
+    "Synchronization debug mode is a prototype",
+    "This instance was constructed with capturable=True",  # its steps without a graph are the warm-up
+)
+_failed_graphs: list[torch.cuda.CUDAGraph] = []  # kept: the host allocator's filter of a failed capture points to them
+
+
+class Recorder:
+    """Runs functions on a stream of its own, and captures them there.
+
+    Args:
+        device: a CUDA device.
+        generators: those that the functions draw from, beside the device's default one.
+    """
+
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
+        self.device = with_index(device)
+        self.stream = torch.cuda.Stream(self.device)
+        self.generators = generators
+        self._pool: Any = None
+
+    def renew_pool(self) -> None:
+        """Take another pool for the next graph: the old one is freed once nothing in it is alive."""
+        self._pool = None
+
+    def run(self, function: Callable[[], Any], *, watched: bool) -> tuple[Any, list[str]]:
+        """Run a function; return its results, and the places where it waited for the GPU, if watched."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with _collected_warnings(watched) as waits, torch.cuda.stream(self.stream):
+            outputs = function()
+        current.wait_stream(self.stream)
+        return tree_map(cloned, outputs), waits
+
+    def record(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """Capture a function, without computing it; return the graph and its static results.
+
+        What the function raised first is raised, and the process is left as it was before.
+        """
+        errors: list[BaseException] = []
+
+        def remembering() -> Any:
+            try:
+                return function()
+            except BaseException as error:
+                errors.append(error)  # ending the capture will fail too, and hide it
+                raise
+
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            default = torch.cuda.default_generators[self.device.index]
+            generators = [default, *self.generators]
+            states = [generator.get_state() for generator in generators]
+            graph = torch.cuda.CUDAGraph()
+            for generator in self.generators:
+                graph.register_generator_state(generator)
+            try:
+                # On the stream of the warm-up: what it compiled keeps autograd's nodes, and a node stays on the stream
+                # that it was made on. The thread that pins a loader's memory calls CUDA at any time, and must not end
+                # this capture.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
+                    outputs = remembering()
+            except BaseException as error:
+                torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own behind when it cannot end a capture
+                self._recover(graph, generators, states)
+                raise (errors or [error])[0] from None
+        return graph, outputs
+
+    def _recover(
+        self, graph: torch.cuda.CUDAGraph, generators: Sequence[torch.Generator], states: Sequence[Tensor]
+    ) -> None:
+        """Undo what a capture that failed leaves behind, in the allocator and in the generators."""
+        graph.reset()
+        _failed_graphs.append(graph)
+        for generator, state in zip(generators, states, strict=True):
+            # A generator that was in the capture may believe that it still is: give it a state object of its own.
+            fresh = torch.Generator(generator.device)
+            fresh.set_state(state)
+            generator.graphsafe_set_state(fresh.graphsafe_get_state())
+        with suppress(RuntimeError):  # where the capture could be ended, it did this itself
+            torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+            torch._C._cuda_releasePool(self.device.index, self._pool)
+        self._pool = None
+
+
+@contextmanager
+def _collected_warnings(watched: bool) -> Iterator[list[str]]:
+    """Leave out the warnings that a warm-up is expected to give; where watched, list its waits for the GPU."""
+    waits: list[str] = []
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if watched:
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            if watched:
+                torch.cuda.set_sync_debug_mode(mode)
+    for warning in caught:
+        text = str(warning.message)
+        if watched and _SYNC_WARNING in text:
+            waits.append(f"one at {warning.filename}:{warning.lineno}")
+        elif not text.startswith(_HARMLESS_WARNINGS):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def cloned(output: Any) -> Any:
+    """Copy a result that a later step will overwrite."""
+    return None if output is None else output.clone()
+
+
+def with_index(device: torch.device) -> torch.device:
+    """Return a CUDA device with its number."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
