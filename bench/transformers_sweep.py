@@ -52,6 +52,10 @@ ALWAYS = ("head_dim", "num_key_value_heads", "pad_token_id", "is_decoder", "outp
 # What the general sizes do not fit; an ellipsis leaves the default.
 SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "falcon_h1": {
+        **{"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 16},
+        **{"lm_head_multiplier": 0.5, "embedding_multiplier": 2.0},
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
     "nemotron": {"num_key_value_heads": 2},
@@ -228,7 +232,7 @@ def page(rows: list[Row]) -> str:
     listed = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
     return f"""# Causal language models of transformers
 
-Written by `python -m bench.transformers_sweep`, with transformers {transformers.__version__} and torch {torch.__version__}.
+Written by `python -m bench.transformers_sweep`; transformers {transformers.__version__}, torch {torch.__version__}.
 Each type that `AutoModelForCausalLM` knows, as a tiny random model in fp32: its loss and gradients at patch 1 against
 its own (absolute; relative, in the norm of all), and its loss at patch 4 against the model's own logits on mean
 embeddings, with every target scored by itself.

@@ -90,9 +90,8 @@ def _find_plain(patched: Any, inputs: dict[str, Tensor], own: Any) -> Formulatio
             if not _same_logits(outputs.logits, own.logits):
                 failures.append("inputs_embeds give other logits than input_ids do")
             elif not _same_loss(outputs.loss, own.loss, own.logits):
-                failures.append(
-                    f"the model's own loss is {own.loss.item():.6f}, that of its next token {outputs.loss.item():.6f}"
-                )
+                losses = own.loss.item(), outputs.loss.item()
+                failures.append("the model's own loss is {:.6f}, that of its next tokens {:.6f}".format(*losses))
             elif refusal := _error_on_patches(patched, inputs, formulation):
                 failures.append(f"its forward refuses means of embeddings: {refusal}")
             else:
@@ -213,7 +212,8 @@ def _kept_state(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():
             module.training = training
         for buffer, value in buffers.items():
-            buffer.copy_(value)
+            if not torch.equal(buffer, value):  # a graph of before may hold those that nothing wrote to
+                buffer.copy_(value)
 
 
 @contextmanager

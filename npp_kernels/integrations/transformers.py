@@ -121,7 +121,8 @@ class Patched:
         slot_weights: Sequence[float] | Tensor | None = None,
     ) -> None:
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if not isinstance(base, nn.Module) or not hasattr(base, "get_output_embeddings"):
+        is_language_model = isinstance(base, nn.Module) and hasattr(base, "get_output_embeddings")
+        if not is_language_model:
             raise TypeError(f"model: expected a language model from transformers, got {type(base).__name__}")
         if hasattr(base, ATTRIBUTE):
             raise ValueError(
@@ -132,9 +133,10 @@ class Patched:
             raise ValueError(f"normalize: expected one of {NORMALIZATIONS}, got {normalize!r}")
         self.model: Any = base
         self.normalize = normalize
-        self.slot_weights = None if slot_weights is None else torch.as_tensor(slot_weights, dtype=torch.float32)
+        device = next(base.parameters()).device
+        self.slot_weights = None if slot_weights is None else torch.as_tensor(slot_weights).float().to(device)
         self.original = base.forward
-        self.own_loss = base.loss_function
+        self.own_loss: Any = base.loss_function
         self.names = parameter_names(self.original)
         takes_cache = "use_cache" in self.names or (has_options(self.original) and hasattr(base.config, "use_cache"))
         self.no_cache = {"use_cache": False} if takes_cache else {}
@@ -228,7 +230,7 @@ class Patched:
 
     def count(self, **inputs: Any) -> Tensor:
         """Return what a batch adds to ``num_targets``: its scored targets, weighted, or their rows, or each slot's."""
-        return divisor(shifted_groups(inputs, self._patch), self.normalize, self._weights())
+        return divisor(shifted_groups(inputs, self._patch), self.normalize, self._weights(self._patch))
 
     def check(self, **inputs: Any) -> None:
         """Raise a ValueError if the batch cannot be folded to patches; waits for the GPU.
@@ -240,8 +242,8 @@ class Patched:
             check_shapes(inputs, self._patch)
             raise_fault(find_faults(inputs, self._patch))
 
-    def _weights(self) -> Tensor | None:
-        return self.slot_weights if self._patch > 1 else None  # one token alone has weight one
+    def _weights(self, patch: int) -> Tensor | None:
+        return self.slot_weights if 1 < patch == self._patch else None  # one token alone has weight one
 
     def take_head(self, head: nn.Linear) -> None:
         """Put a forward of ours into the output layer, which can return hidden states in place of logits."""
@@ -352,7 +354,7 @@ class Patched:
         """Return the loss of what came through the head, logits or hidden states, ``groups [B, P, K]``."""
         formulation = self._call
         assert formulation is not None
-        options, share = loss_options(groups, self._call_divisor, self.normalize, self._weights())
+        options, share = loss_options(groups, self._call_divisor, self.normalize, self._weights(groups.shape[-1]))
         groups = groups.to(rows.device)
         if formulation.fused:
             head: Any = self._head
