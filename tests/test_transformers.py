@@ -1,6 +1,7 @@
 """Causal language models of transformers, patched: the packages are real, the models tiny and random."""
 
 import copy
+import doctest
 import inspect
 import subprocess
 import sys
@@ -462,6 +463,20 @@ def test_half_precision_models():
     expected = expected_loss(model, batch["input_ids"], batch["labels"], 4)
     assert apply(model, 4).formulation.fused
     torch.testing.assert_close(model(**batch).loss.to(torch.bfloat16), expected, atol=0.05, rtol=0)
+
+
+def test_the_example_of_apply_runs():
+    source = apply.__doc__.replace("# doctest: +SKIP", "")
+    example = doctest.DocTestParser().get_doctest(source, {"apply": apply}, "apply", None, None)
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_no_silent_difference_is_in_the_table():
+    page = sweep.PAGE.read_text(encoding="utf-8")
+    outcomes = [line.split(" | ")[2] for line in page.splitlines() if line.startswith("| ")][2:]
+    assert len(outcomes) > 190
+    assert set(outcomes) == {"fused", "own logits", "refused", "own forward fails", "not built"}
+    assert outcomes.count("fused") > 130
 
 
 def test_the_modules_need_no_transformers():

@@ -259,15 +259,41 @@ import json, sys, warnings
 sys.path.insert(0, {tests!r})
 warnings.simplefilter("ignore")
 import torch
-from test_transformers_trainer import LONG, ONE_BY_ONE, figures, train
+from test_transformers_trainer import LONG, ONE_BY_ONE, figures, sharded, train
 for kind in ("patched", "at patch one", "own"):
     options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, ddp_backend="gloo")
     schedule = LONG if kind == "patched" else ONE_BY_ONE
     trainer, steps = train({path!r}, schedule=schedule, patched=kind != "own", **options)
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
     print("RESULT", json.dumps([weights.double().norm().item(), figures(steps).tolist()]), flush=True)
+print("RESULT", json.dumps(sharded()), flush=True)
 """
 LONG, ONE_BY_ONE = PatchSchedule([(4, 20), (1, 40)]), PatchSchedule([(1, 100)])
+
+
+def sharded():
+    """Return how far loss and gradients of FSDP2's shards are from those of one model, for two ways to wrap it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, batch = init_device_mesh("cpu", (2,)), PatchCollator(4, pad_token_id=0)(texts(4))
+    whole = llama()
+    apply(whole, 4)
+    expected = whole(**batch).loss
+    expected.backward()
+    found = []
+    for with_ends in (False, True):
+        model = llama()
+        apply(model, 4)
+        ends = [model.model.embed_tokens, model.lm_head] if with_ends else []
+        for module in (*model.model.layers, *ends, model):
+            fully_shard(module, mesh=mesh)
+        outputs = model(**batch)
+        outputs.loss.backward()
+        pairs = zip(model.parameters(), whole.parameters(), strict=True)
+        worst = max((ours.grad.full_tensor() - own.grad).abs().max().item() for ours, own in pairs)
+        found.append([outputs.logits is None, (outputs.loss - expected).abs().item(), worst])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -290,10 +316,12 @@ def two_ranks(tmp_path_factory):
         assert process.returncode == 0, errors[-3000:]
         lines = [line.removeprefix("RESULT ") for line in output.splitlines() if line.startswith("RESULT")]
         results.append([json.loads(line) for line in lines])
-    return {
+    fully_sharded = [result.pop() for result in results]
+    runs = {
         kind: ([norm for norm, _ in ranks], torch.tensor(next(steps for _, steps in ranks if steps)))
         for kind, ranks in zip(("patched", "at patch one", "own"), zip(*results, strict=True), strict=True)
     }
+    return {**runs, "sharded": fully_sharded}
 
 
 def test_two_ranks_are_one_with_all_the_batch(tmp_path, two_ranks):
@@ -301,6 +329,13 @@ def test_two_ranks_are_one_with_all_the_batch(tmp_path, two_ranks):
     assert norms[0] == norms[1]
     _, alone = train(tmp_path, schedule=LONG, per_device_train_batch_size=8)
     torch.testing.assert_close(steps, figures(alone), rtol=2e-4, atol=2e-4)
+
+
+def test_shards_are_one_model(two_ranks):
+    # Where the ends are sharded by themselves, their weights are gathered in their own forwards alone: no fusing.
+    for found in two_ranks["sharded"]:
+        assert [fused for fused, *_ in found] == [True, False]
+        assert max(difference for _, *differences in found for difference in differences) < 1e-6
 
 
 def test_a_hundred_steps_on_two_ranks_at_patch_one_are_those_of_the_trainer(two_ranks):

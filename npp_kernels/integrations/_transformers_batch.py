@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npp_kernels import _checks
+import npp_kernels._checks as checks  # its switch is looked up when it is needed
 from npp_kernels._checks import described
 
 IGNORE_INDEX = -100
@@ -157,7 +157,7 @@ def can_look(tensor: Tensor) -> bool:
         return False
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    return tensor.device.type == "cpu" or _checks._ids_are_checked
+    return tensor.device.type == "cpu" or checks._ids_are_checked
 
 
 def divisor(groups: Tensor, normalize: str, slot_weights: Tensor | None) -> Tensor:
