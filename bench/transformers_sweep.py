@@ -44,6 +44,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(["n_group", "topk_group", "first_k_dense_replace", "n_shared_experts"], 1),
     **dict.fromkeys(["max_position_embeddings", "n_positions", "max_seq_len"], 256),
     **dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id"], 1),
+    **dict.fromkeys(["mamba_chunk_size", "mamba_d_state"], 16),
     "output_router_logits": True,
     "is_decoder": True,
 }
@@ -51,6 +52,18 @@ SMALL: dict[str, Any] = {
 ALWAYS = ("head_dim", "num_key_value_heads", "pad_token_id", "is_decoder", "output_router_logits")
 # What the general sizes do not fit; an ellipsis leaves the default.
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"num_experts": 16},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "deepseek_v4": {"output_router_logits": False},  # no experts in the first two layers, as for flint
+    "flint": {"output_router_logits": False},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+    "zamba": {"num_hidden_layers": ..., "layer_types": ...},
+    "zamba2": {"num_hidden_layers": ..., "layer_types": ...},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "falcon_h1": {
         **{"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 16},

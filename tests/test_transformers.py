@@ -127,6 +127,8 @@ def bidirectional():
             for kind in ("bart", "mbart", "mvp", "marian", "blenderbot")
         ],
         (lambda: sweep.small_model("gemma4_text"), "its forward refuses means of embeddings"),
+        (lambda: sweep.small_model("gemma3n_text"), "leave model.embed_tokens_per_layer.weight without gradient"),
+        (lambda: sweep.small_model("deepseek_v4"), "AttributeError"),  # routes by ids
         (lambda: sweep.small_model("cpmant"), "a forward that takes inputs_embeds, got that of CpmAntForCausalLM"),
     ],
 )
@@ -429,6 +431,25 @@ def test_a_copy_is_patched_by_itself(tmp_path):
     assert torch.equal(twin(**batch).loss, expected.loss)
     twin.save_pretrained(tmp_path)
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict().keys() == model.state_dict().keys()
+
+
+def test_gradient_checkpointing():
+    model, batch = llama().train(), flat_batch()
+    apply(model, 4)
+    expected = model(**batch).loss
+    model.gradient_checkpointing_enable()
+    assert_same(model, model(**batch).loss, expected)
+
+
+def test_dropout_is_drawn_as_in_the_models_own_forward():
+    model, batch = llama(attention_dropout=0.5).train(), flat_batch()
+    torch.manual_seed(3)
+    own = model(**batch).loss
+    state = torch.get_rng_state()
+    assert apply(model).formulation.fused
+    assert torch.equal(torch.get_rng_state(), state)  # looking at the model takes no random numbers
+    torch.manual_seed(3)
+    assert_same(model, model(**batch).loss, own)
 
 
 def test_compiled_without_a_break_and_what_it_cannot_look_at_is_nan():

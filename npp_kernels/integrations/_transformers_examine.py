@@ -63,7 +63,8 @@ def examine(patched: Any) -> Formulation:
     inputs = _random_batch(model)
     with torch.no_grad(), _kept_state(model), _stirred(model.get_output_embeddings()):
         try:
-            own = _seeded(patched.run_own, inputs)
+            with torch.enable_grad():
+                own = _seeded(patched.run_own, inputs)
         except Exception as error:
             raise UnsupportedModelError(
                 f"model: expected {name} to run on input_ids [{BATCH}, {LENGTH}] and labels alone, got {error!r}"
@@ -83,7 +84,8 @@ def _find_plain(patched: Any, inputs: dict[str, Tensor], own: Any) -> Formulatio
         for scale in scales:
             formulation = Formulation(False, inside, input_scale=scale)
             try:
-                outputs, _ = _seeded(patched.run_patched, inputs, 1, formulation)
+                with torch.enable_grad():
+                    outputs, _ = _seeded(patched.run_patched, inputs, 1, formulation)
             except Exception as error:  # the model's code on inputs that it was not written for: any error may come
                 failures.append(repr(error))
                 continue
@@ -92,12 +94,32 @@ def _find_plain(patched: Any, inputs: dict[str, Tensor], own: Any) -> Formulatio
             elif not _same_loss(outputs.loss, own.loss, own.logits):
                 losses = own.loss.item(), outputs.loss.item()
                 failures.append("the model's own loss is {:.6f}, that of its next tokens {:.6f}".format(*losses))
+            elif missing := _reached(own.loss) - _reached(outputs.loss):
+                names = [name for name, parameter in patched.model.named_parameters() if parameter in missing]
+                failures.append(f"inputs_embeds leave {', '.join(names)} without gradient")
             elif refusal := _error_on_patches(patched, inputs, formulation):
                 failures.append(f"its forward refuses means of embeddings: {refusal}")
             else:
                 return formulation
     reasons = "; ".join(dict.fromkeys(failures))
     raise UnsupportedModelError(f"model: expected the loss of {name} to be that of its next tokens, but {reasons}")
+
+
+def _reached(loss: Tensor) -> set[Tensor]:
+    """Return the parameters that a loss's gradient reaches.
+
+    What is multiplied by zeros, as much is when training begins, shows in no logit and has a gradient all the same.
+    """
+    found, seen, left = set(), set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        left += [following for following, _ in node.next_functions]
+    return found
 
 
 def _error_on_patches(patched: Any, inputs: dict[str, Tensor], formulation: Formulation) -> str | None:
