@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from bench import transformers_sweep as sweep  # noqa: E402
+from npp_kernels import check_ids  # noqa: E402
 from npp_kernels.integrations.transformers import UnsupportedModelError, apply  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -34,7 +35,7 @@ SOFT_CAPS = {"gemma2", "recurrent_gemma", "xlstm", "nanochat"}
 def llama(**options):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(vocab_size=VOCAB_SIZE, num_key_value_heads=2, **sizes, **options)
+    config = transformers.LlamaConfig(**{"vocab_size": VOCAB_SIZE, "num_key_value_heads": 2, **sizes, **options})
     return spread(transformers.LlamaForCausalLM(config))
 
 
@@ -453,7 +454,7 @@ def test_dropout_is_drawn_as_in_the_models_own_forward():
 
 
 def test_compiled_without_a_break_and_what_it_cannot_look_at_is_nan():
-    model, batch = llama(), flat_batch()
+    model, batch = llama(num_hidden_layers=1), flat_batch()
     patched = apply(model, 4)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for patch in (4, 1):
@@ -477,6 +478,48 @@ def test_autocast_reaches_the_model():
         loss = model(**batch).loss
     assert seen == [torch.bfloat16]
     torch.testing.assert_close(loss, expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    model, batch = llama(), flat_batch()
+    patched = apply(model, 4)
+    expected = model(**batch).loss
+    patched.undo()
+    model.cuda()
+    batch = {name: value.cuda() for name, value in batch.items()}
+    apply(model, 4)
+    torch.testing.assert_close(model(**batch).loss.cpu(), expected, atol=1e-3, rtol=1e-3)
+    shifted = {**batch, "labels": F.pad(batch["labels"][:, 1:], (0, 1), value=-100)}
+    loss = model(**shifted).loss
+    assert loss.isnan()  # without a look at the values, which would wait for the GPU
+    check_ids(True)
+    try:
+        with pytest.raises(ValueError, match="labels: expected labels that are not shifted"):
+            model(**shifted)
+    finally:
+        check_ids(False)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_captures_the_step():
+    model, batch = llama().cuda(), {name: value.cuda() for name, value in flat_batch().items()}
+    apply(model, 4)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model.zero_grad()
+            expected = model(**batch).loss
+            expected.backward()
+        stream.synchronize()
+        model.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            loss = model(**batch).loss
+            loss.backward()
+        graph.replay()
+        stream.synchronize()
+    torch.testing.assert_close(loss, expected)
 
 
 def test_half_precision_models():

@@ -144,8 +144,10 @@ def test_what_the_trainer_puts_around_the_model_is_kept(tmp_path):
     assert (figures(noisy) - figures(plain)).abs()[0].max() > 1e-3
 
     options = {"schedule": PatchSchedule([(4, 2), (1, 3)]), "examples": texts(shortest=32)}  # one shape: two graphs
-    _, plain = train(tmp_path, **options)
-    _, compiled = train(tmp_path, **options, torch_compile=True, torch_compile_backend="aot_eager")
+    _, plain = train(tmp_path, llama(num_hidden_layers=1), **options)
+    _, compiled = train(
+        tmp_path, llama(num_hidden_layers=1), **options, torch_compile=True, torch_compile_backend="aot_eager"
+    )
     torch.testing.assert_close(figures(compiled), figures(plain), rtol=1e-4, atol=1e-4)
 
 
@@ -296,10 +298,9 @@ def sharded():
     return found
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+def on_two_ranks(path):
     """Return for each of three runs on two gloo ranks the norms of the weights, and the steps that were logged."""
-    program = TWO_RANKS.format(tests=str(Path(__file__).parent), path=str(tmp_path_factory.mktemp("two_ranks")))
+    program = TWO_RANKS.format(tests=str(Path(__file__).parent), path=str(path))
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -324,25 +325,25 @@ def two_ranks(tmp_path_factory):
     return {**runs, "sharded": fully_sharded}
 
 
-def test_two_ranks_are_one_with_all_the_batch(tmp_path, two_ranks):
-    norms, steps = two_ranks["patched"]
+def test_two_ranks(tmp_path):
+    runs = on_two_ranks(tmp_path)
+
+    # As one process with all of the batch.
+    norms, steps = runs["patched"]
     assert norms[0] == norms[1]
     _, alone = train(tmp_path, schedule=LONG, per_device_train_batch_size=8)
     torch.testing.assert_close(steps, figures(alone), rtol=2e-4, atol=2e-4)
 
-
-def test_shards_are_one_model(two_ranks):
-    # Where the ends are sharded by themselves, their weights are gathered in their own forwards alone: no fusing.
-    for found in two_ranks["sharded"]:
-        assert [fused for fused, *_ in found] == [True, False]
-        assert max(difference for _, *differences in found for difference in differences) < 1e-6
-
-
-def test_a_hundred_steps_on_two_ranks_at_patch_one_are_those_of_the_trainer(two_ranks):
-    (norms, ours), (own_norms, own) = two_ranks["at patch one"], two_ranks["own"]
+    # A hundred steps at patch 1 are those of the trainer.
+    (norms, ours), (own_norms, own) = runs["at patch one"], runs["own"]
     assert own[-1, 0] < 0.95 * own[0, 0]
     assert norms == pytest.approx(own_norms, rel=1e-5)
     torch.testing.assert_close(ours, own, rtol=2e-4, atol=2e-4)
+
+    # FSDP2. Where the ends are sharded by themselves, their weights are whole in their own forwards alone: no fusing.
+    for found in runs["sharded"]:
+        assert [fused for fused, *_ in found] == [True, False]
+        assert max(difference for _, *differences in found for difference in differences) < 1e-6
 
 
 def test_the_collator_keeps_documents_apart():

@@ -94,9 +94,8 @@ def _find_plain(patched: Any, inputs: dict[str, Tensor], own: Any) -> Formulatio
             elif not _same_loss(outputs.loss, own.loss, own.logits):
                 losses = own.loss.item(), outputs.loss.item()
                 failures.append("the model's own loss is {:.6f}, that of its next tokens {:.6f}".format(*losses))
-            elif missing := _reached(own.loss) - _reached(outputs.loss):
-                names = [name for name, parameter in patched.model.named_parameters() if parameter in missing]
-                failures.append(f"inputs_embeds leave {', '.join(names)} without gradient")
+            elif missing := _missing_gradients(patched.model, own.loss, outputs.loss):
+                failures.append(f"inputs_embeds leave {', '.join(missing)} without gradient")
             elif refusal := _error_on_patches(patched, inputs, formulation):
                 failures.append(f"its forward refuses means of embeddings: {refusal}")
             else:
@@ -105,8 +104,13 @@ def _find_plain(patched: Any, inputs: dict[str, Tensor], own: Any) -> Formulatio
     raise UnsupportedModelError(f"model: expected the loss of {name} to be that of its next tokens, but {reasons}")
 
 
+def _missing_gradients(model: nn.Module, own: Tensor, ours: Tensor) -> list[str]:
+    missing = _reached(own) - _reached(ours)
+    return [name for name, parameter in model.named_parameters() if parameter in missing]
+
+
 def _reached(loss: Tensor) -> set[Tensor]:
-    """Return the parameters that a loss's gradient reaches.
+    """Return the leaves that a loss's gradient reaches.
 
     What is multiplied by zeros, as much is when training begins, shows in no logit and has a gradient all the same.
     """

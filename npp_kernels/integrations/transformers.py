@@ -278,7 +278,8 @@ class Patched:
         inputs.update(zip(self.names, arguments, strict=False))
         num_targets, num_items = inputs.pop("num_targets", None), inputs.get("num_items_in_batch")
         patch = self._patch
-        own = patch == 1 and any(inputs.get(name) is not None for name in OWN_INPUTS)
+        by_ids = inputs.get("input_ids") is not None and all(inputs.get(name) is None for name in OWN_INPUTS)
+        own = patch == 1 and not by_ids
         if self._paused or inputs.get("labels") is None or own:
             if num_targets is not None:
                 raise ValueError("num_targets: expected None where the model is its own, without labels or paused")
@@ -307,7 +308,7 @@ class Patched:
         changes: dict[str, Any] = {"logits": None} if formulation.fused else {}
         if faults:
             wrong = torch.stack([fault for fault, _ in faults]).any()
-            changes["loss"] = outputs.loss.masked_fill(wrong, torch.nan)
+            changes["loss"] = outputs.loss * torch.where(wrong, torch.nan, 1.0)  # and so its gradients
         return type(outputs)(**{**outputs, **changes}) if changes else outputs
 
     def run_own(self, inputs: dict[str, Any]) -> Any:
