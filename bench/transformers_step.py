@@ -34,7 +34,8 @@ def make_model(small: bool, device: str) -> Any:
         num_attention_heads=width // 64, max_position_embeddings=1024, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(device).train()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(device).train()
 
 
 def make_step(model: Any, patched: Any, graph: bool) -> Callable[..., torch.Tensor]:

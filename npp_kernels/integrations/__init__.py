@@ -1,1 +1,1 @@
-"""The operations inside known trainers: one file each, none of which imports the trainer it is for."""
+"""The operations inside known trainers, none of which is imported here."""
