@@ -21,7 +21,7 @@ import torch
 import npp_kernels
 from npp_kernels.integrations.transformers import apply
 
-WARM_UP, ROUNDS = 15, 30
+WARM_UP, ROUNDS = 15, 20
 
 
 def make_model(small: bool, device: str) -> Any:
