@@ -47,6 +47,9 @@ class Clock(transformers.TrainerCallback):
 
 def main() -> None:
     """Train, and say what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200, help="of the whole run; the first half trains on patches")
+    steps = parser.parse_args().steps
     transformers.set_seed(0)
     text = "".join(inspect.getsource(module) for module in MODULES).encode()
     examples = [{"input_ids": list(text[begin : begin + LENGTH])} for begin in range(0, len(text) - LENGTH, LENGTH)]
@@ -57,31 +60,31 @@ def main() -> None:
         max_position_embeddings=LENGTH, pad_token_id=PADDING, bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
-    schedule = PatchSchedule([(4, 100), (1, 200)])
+    schedule = PatchSchedule([(4, steps // 2), (1, steps)])
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             folder, max_steps=schedule.total_steps, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-            learning_rate=2e-3, logging_steps=50, eval_strategy="steps", eval_steps=100, save_strategy="no",
+            learning_rate=2e-3, logging_steps=max(steps // 8, 1), eval_strategy="steps", eval_steps=steps // 2, save_strategy="no",
             report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
         )  # fmt: skip
         clock = Clock()
         trainer = PatchTrainer(
             model, arguments, train_dataset=train, eval_dataset=held_out,
             data_collator=PatchCollator(4, pad_token_id=PADDING), callbacks=[clock],
-            patch_schedule=schedule, lr_options={"warmup_steps": 20, "decay_ratio": 0.3, "end_factor": 0.1},
+            patch_schedule=schedule, lr_options={"warmup_steps": steps // 10, "decay_ratio": 0.3, "end_factor": 0.1},
         )  # fmt: skip
-        loss = "applies the output layer itself" if trainer.patched.formulation.fused else "takes the model's logits"
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} examples; the loss {loss}")
+        how = "applies the output layer itself" if trainer.patched.formulation.fused else "takes the model's logits"
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} examples; the loss {how}")
         trainer.train()
 
-    for patch, begin, end in ((4, 0, 100), (1, 100, 200)):
-        seconds = sorted(clock.seconds[begin:end])[(end - begin) // 2]
-        print(f"patch {patch}: {1000 * seconds:.0f} ms a step")
+    history = trainer.state.log_history
+    for patch, until in schedule.boundaries:
+        seconds = sorted(clock.seconds[until - steps // 2 : until])[steps // 4]
+        loss = [entry["loss"] for entry in history if entry.get("patch") == patch][-1]
+        print(f"patch {patch}: loss {loss:.3f}, {1000 * seconds:.0f} ms a step")
     print(f"by the patches of its steps, the run costs {schedule.relative_cost((LENGTH,)):.2f} of one on single bytes")
-    held_out_loss = trainer.state.log_history[-2]["eval_loss"]
-    print(
-        f"held-out loss on single bytes: {held_out_loss:.3f} nats; {torch.tensor(256.0).log():.3f} for random guesses"
-    )
+    loss = [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1]
+    print(f"held out, on single bytes: {loss:.3f} nats; {torch.tensor(256.0).log():.3f} for random guesses")
     prompt = b"def add_argument(self, "
     ids = torch.tensor([list(prompt)])
     written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=80, do_sample=False)
