@@ -64,8 +64,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             folder, max_steps=schedule.total_steps, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-            learning_rate=2e-3, logging_steps=max(steps // 8, 1), eval_strategy="steps", eval_steps=steps // 2, save_strategy="no",
-            report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+            learning_rate=2e-3, logging_steps=max(steps // 8, 1), eval_strategy="steps", eval_steps=steps // 2,
+            save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
         )  # fmt: skip
         clock = Clock()
         trainer = PatchTrainer(

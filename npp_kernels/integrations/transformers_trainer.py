@@ -49,7 +49,7 @@ class PatchTrainerMixin:
         UnsupportedModelError: see `npp_kernels.integrations.transformers.apply`.
     """
 
-    loss_is_scaled_for_ga = True  # by the count of the step's targets
+    loss_is_scaled_for_ga: bool | None = True  # by the count of the step's targets
     # Of the trainer that comes after this class.
     model: Any
     args: Any
