@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent
 # The job's environment, and what is installed there. The checks need what the tests need: types come from packages.
 ENVIRONMENTS = {
     "bench": (".venv-bench", ".[bench]"),
-    "test": (".venv-test", ".[test,check]"),
-    "check": (".venv-test", ".[test,check]"),
+    "test": (".venv-test", ".[test,check,integrations]"),
+    "check": (".venv-test", ".[test,check,integrations]"),
 }
 # One thread for each worker: the workers are as many as the cores, and more only get in each other's way.
 TEST_VARIABLES = {"OMP_NUM_THREADS": "1"}

@@ -23,7 +23,14 @@ setup(
         "bench": bench,
         "train": train,
         "test": sorted({*bench, *train, "pytest-xdist>=3"}),
-        "integrations": ["lightning>=2.4", "torchtitan==0.3.0; python_version >= '3.11'"],
+        "integrations": [
+            "accelerate>=1.12",
+            "lightning>=2.4",
+            "peft>=0.18",
+            "torchtitan==0.3.0; python_version >= '3.11'",
+            "transformers>=5.24",
+            "trl>=1.16",
+        ],
         "check": ["ruff>=0.8", "mypy>=1.13"],
         # Each of these needs a GPU, a large download, or both; without them the contender or the score is left out.
         "peers": ["liger-kernel>=0.5", "cut-cross-entropy>=25.1", "quack-kernels>=0.2"],

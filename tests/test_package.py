@@ -20,8 +20,10 @@ MODULES = sorted(
 # loss on hidden states, which builds on the loss on logits.
 LAYERS = [
     {"__init__"},
+    {"integrations.transformers_trainer"},
     {f"integrations.{name}" for name in ("__init__", "llamagen", "transformers", "torchtitan", "lightning")},
-    {"integrations._layers", "integrations._packed"},
+    {"integrations._transformers_examine"},
+    {"integrations._layers", "integrations._packed", "integrations._transformers_batch"},
     {"modules"},
     {"linear_patch_cross_entropy"},
     {"group_mean", "patch_mean", "patch_cross_entropy"},

@@ -1,1 +1,1 @@
-"""The operations inside known trainers: one file each. Only `torchtitan` imports the trainer that it is for."""
+"""The operations inside known trainers, by family. Only `torchtitan` imports the trainer that it is for."""
