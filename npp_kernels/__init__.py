@@ -1,13 +1,13 @@
 """Fused Triton kernels for next-patch-prediction training of autoregressive models."""
 
 from npp_kernels._checks import check_ids
-from npp_kernels.group_mean import group_mean
+from npp_kernels.embeddings.group_mean import group_mean
+from npp_kernels.embeddings.patch_mean import patch_mean
 from npp_kernels.grouping import group_tokens, ungroup_tokens
 from npp_kernels.losses.linear_patch_cross_entropy import linear_patch_cross_entropy
 from npp_kernels.losses.options import PatchLossStats
 from npp_kernels.losses.patch_cross_entropy import patch_cross_entropy
 from npp_kernels.modules import LinearPatchCrossEntropyLoss, PatchCrossEntropyLoss, PatchEmbedding
-from npp_kernels.patch_mean import patch_mean
 from npp_kernels.schedule import PatchSchedule, Stage
 from npp_kernels.step_graph import StepGraph
 

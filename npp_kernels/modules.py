@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from npp_kernels.group_mean import group_mean
+from npp_kernels.embeddings.group_mean import group_mean
 from npp_kernels.losses.linear_patch_cross_entropy import linear_patch_cross_entropy
 from npp_kernels.losses.options import LossOptions, PatchLossStats, check_chunk_rows
 from npp_kernels.losses.patch_cross_entropy import patch_cross_entropy

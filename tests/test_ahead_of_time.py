@@ -18,9 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from npp_kernels import _segments
 from npp_kernels._dispatch import TRITON_OVERLAPS
-from npp_kernels.group_mean import (
+from npp_kernels.embeddings import segments
+from npp_kernels.embeddings.group_mean import (
     CHUNK_SIZE,
     FREQUENT_HIDDEN,
     FREQUENT_ROWS,
@@ -34,8 +34,8 @@ from npp_kernels.group_mean import (
     _group_mean_kernel,
     _segment_sums_kernel,
 )
+from npp_kernels.embeddings.patch_mean import _patch_mean_kernel
 from npp_kernels.losses import exponentials, gradient_kernels, row_kernels, targets
-from npp_kernels.patch_mean import _patch_mean_kernel
 from reference import attention, optimizer, swiglu
 from tests.conftest import INTERPRETED
 
@@ -138,16 +138,16 @@ def patch_mean_arguments(dtype, backward):
 def rank_sort_arguments():
     return {
         "ids_ptr": "*i64", "keys_ptr": "*i32", "order_ptr": "*i32", "num_ids": "i32", "vocab_size": "i32",
-        "ignore_index": "i32", "HAS_IGNORED": True, "BLOCK": _segments.RANK_BLOCK,
-        "BLOCK_OTHERS": _segments.RANK_OTHERS, "OVERLAP": False,
+        "ignore_index": "i32", "HAS_IGNORED": True, "BLOCK": segments.RANK_BLOCK,
+        "BLOCK_OTHERS": segments.RANK_OTHERS, "OVERLAP": False,
     }  # fmt: skip
 
 
 def digit_arguments():
     return {
         "counts_ptr": "*i32", "num_ids": "i32", "num_tiles": "i32", "subtiles": "i32", "vocab_size": "i32",
-        "ignore_index": "i32", "PASSES": 2, "BITS": _segments.DIGIT_BITS, "HAS_IGNORED": True,
-        "TILE": _segments.TILE_SIZE, "OVERLAP": False,
+        "ignore_index": "i32", "PASSES": 2, "BITS": segments.DIGIT_BITS, "HAS_IGNORED": True,
+        "TILE": segments.TILE_SIZE, "OVERLAP": False,
     }  # fmt: skip
 
 
@@ -158,15 +158,15 @@ def digit_counts_arguments():
 def digit_scatter_arguments(index):
     return {
         **digit_arguments(), "ids_ptr": "*i32" if index else "*i64", "positions_ptr": "*i32", "keys_ptr": "*i32",
-        "order_ptr": "*i32", "PASS": index, "BLOCK_TILES": _segments.BLOCK_TILES,
-        "BLOCK_OTHERS": _segments.TILE_OTHERS, "num_warps": _segments.SCATTER_WARPS,
+        "order_ptr": "*i32", "PASS": index, "BLOCK_TILES": segments.BLOCK_TILES,
+        "BLOCK_OTHERS": segments.TILE_OTHERS, "num_warps": segments.SCATTER_WARPS,
     }  # fmt: skip
 
 
 def segment_starts_arguments():
     return {
         "keys_ptr": "*i32", "starts_ptr": "*i32", "num_ids": "i32", "vocab_size": "i32", "STEPS": 17,
-        "BLOCK": _segments.STARTS_BLOCK, "OVERLAP": False,
+        "BLOCK": segments.STARTS_BLOCK, "OVERLAP": False,
     }  # fmt: skip
 
 
@@ -293,11 +293,11 @@ CASES = {
     "frequent_rows K=4 ignored": (_frequent_rows_kernel, frequent_rows_arguments("fp32", 4, True)),
     "patch_mean forward": (_patch_mean_kernel, patch_mean_arguments("bf16", False)),
     "patch_mean backward": (_patch_mean_kernel, patch_mean_arguments("fp32", True)),
-    "rank_sort": (_segments._rank_sort_kernel, rank_sort_arguments()),
-    "digit_counts": (_segments._digit_counts_kernel, digit_counts_arguments()),
-    "digit_scatter first": (_segments._digit_scatter_kernel, digit_scatter_arguments(0)),
-    "digit_scatter later": (_segments._digit_scatter_kernel, digit_scatter_arguments(1)),
-    "segment_starts": (_segments._segment_starts_kernel, segment_starts_arguments()),
+    "rank_sort": (segments._rank_sort_kernel, rank_sort_arguments()),
+    "digit_counts": (segments._digit_counts_kernel, digit_counts_arguments()),
+    "digit_scatter first": (segments._digit_scatter_kernel, digit_scatter_arguments(0)),
+    "digit_scatter later": (segments._digit_scatter_kernel, digit_scatter_arguments(1)),
+    "segment_starts": (segments._segment_starts_kernel, segment_starts_arguments()),
     "count_targets": (targets._count_targets_kernel, count_arguments(16)),
     "loss V=16384 K=1": row_case("bf16", 16384, 1),
     "loss V=16384 K=16": row_case("bf16", 16384, 16),

@@ -16,8 +16,7 @@ MODULES = sorted(
     for path in (ROOT / "npp_kernels").rglob("*.py")
 )
 
-# Who may import whom, as CONTRIBUTING draws it: only what stands further down, never upwards or sideways, but for the
-# loss on hidden states, which builds on the loss on logits.
+# Who may import whom, as CONTRIBUTING draws it: only what stands further down, never upwards or sideways.
 LAYERS = [
     {"__init__"},
     {"integrations.transformers_trainer"},
@@ -25,12 +24,17 @@ LAYERS = [
     {"integrations._transformers_examine"},
     {"integrations._layers", "integrations._packed", "integrations._transformers_batch"},
     {"modules"},
-    {"linear_patch_cross_entropy"},
-    {"group_mean", "patch_mean", "patch_cross_entropy"},
-    {"_exponentials"},
-    {"_loss_kernels", "_segments"},
+    {"losses.linear_patch_cross_entropy"},
+    {"losses.patch_cross_entropy", "losses.chunks"},
+    {"losses.exponentials", "losses.row_kernels", "losses.gradient_kernels", "losses.torch_path"},
+    {"losses.scores"},
+    {"losses.target_math", "losses.targets"},
+    {"losses.options", "losses.__init__"},
+    {"embeddings.group_mean", "embeddings.patch_mean", "embeddings.__init__"},
+    {"embeddings.segments"},
     {"schedule", "step_graph"},
-    {"_triton_math", "_dispatch", "_autograd", "_recorder", "grouping"},
+    {"_recorder"},
+    {"_triton_math", "_dispatch", "_autograd", "grouping"},
     {"_checks"},
 ]
 

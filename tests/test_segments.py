@@ -1,24 +1,24 @@
 import pytest
 import torch
 
-from npp_kernels import _segments
 from npp_kernels._dispatch import runs_kernels
+from npp_kernels.embeddings import segments
 from tests.inputs import skewed_ids
 
 
 def check(ids, vocab_size, ignore_index=None):
     """Compare with a stable sort, exactly: the order inside each segment is part of the contract."""
-    segments = _segments.find_segments(ids, vocab_size, ignore_index)
+    found = segments.find_segments(ids, vocab_size, ignore_index)
     keys = ids.long()
     counted = (keys >= 0) & (keys < vocab_size)
     if ignore_index is not None:
         counted &= keys != ignore_index
     keys = torch.where(counted, keys, vocab_size)
     expected, order = torch.sort(keys, stable=True)
-    assert torch.equal(segments.keys.long(), expected)
-    assert torch.equal(segments.order.long(), order)
+    assert torch.equal(found.keys.long(), expected)
+    assert torch.equal(found.order.long(), order)
     starts = torch.searchsorted(expected, torch.arange(vocab_size + 1, device=ids.device))
-    assert torch.equal(segments.starts.long(), starts)
+    assert torch.equal(found.starts.long(), starts)
 
 
 @pytest.fixture
@@ -51,13 +51,13 @@ def test_rank_sort(kernel_device, num_ids, vocab_size, dtype):
     ],
 )
 def test_radix_sort(kernel_device, monkeypatch, num_ids, vocab_size):
-    monkeypatch.setattr(_segments, "RANK_SORT_LIMIT", 0)
+    monkeypatch.setattr(segments, "RANK_SORT_LIMIT", 0)
     check(skewed_ids(vocab_size, (num_ids,), device=kernel_device), vocab_size)
 
 
 @pytest.mark.parametrize("limit", [0, 8192])
 def test_ids_that_count_nowhere_come_last(kernel_device, monkeypatch, limit):
-    monkeypatch.setattr(_segments, "RANK_SORT_LIMIT", limit)
+    monkeypatch.setattr(segments, "RANK_SORT_LIMIT", limit)
     ids = skewed_ids(50, (600,), device=kernel_device)
     ids[::7] = -100
     ids[::11] = 50

@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from npp_kernels.group_mean import group_mean
+from npp_kernels.embeddings.group_mean import group_mean
+from npp_kernels.embeddings.patch_mean import patch_mean
 from npp_kernels.grouping import group_tokens
 from npp_kernels.integrations._layers import embedding_difference, linear_difference, plain_embedding, plain_linear
 from npp_kernels.losses.linear_patch_cross_entropy import linear_patch_cross_entropy
 from npp_kernels.losses.patch_cross_entropy import patch_cross_entropy
-from npp_kernels.patch_mean import patch_mean
 from npp_kernels.schedule import PatchSchedule
 
 _SURFACE = (

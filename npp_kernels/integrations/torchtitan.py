@@ -29,7 +29,7 @@ from torchtitan.models.deepseek_v3.mtp import MTPDecoder
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from npp_kernels.group_mean import group_mean
+from npp_kernels.embeddings.group_mean import group_mean
 from npp_kernels.integrations._packed import group_packed
 from npp_kernels.losses.patch_cross_entropy import patch_cross_entropy
 from npp_kernels.schedule import PatchSchedule

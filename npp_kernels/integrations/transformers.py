@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from npp_kernels.group_mean import group_mean
+from npp_kernels.embeddings.group_mean import group_mean
+from npp_kernels.embeddings.patch_mean import patch_mean
 from npp_kernels.grouping import group_tokens
 from npp_kernels.integrations._layers import embedding_difference
 from npp_kernels.integrations._transformers_batch import REFUSED as OWN_INPUTS
@@ -47,7 +48,6 @@ from npp_kernels.integrations._transformers_examine import (
 )
 from npp_kernels.losses.linear_patch_cross_entropy import linear_patch_cross_entropy
 from npp_kernels.losses.patch_cross_entropy import patch_cross_entropy
-from npp_kernels.patch_mean import patch_mean
 
 __all__ = ["Formulation", "Patched", "UnsupportedModelError", "apply"]
 

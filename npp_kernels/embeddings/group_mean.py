@@ -31,7 +31,7 @@ from npp_kernels._checks import (
     check_same_device,
 )
 from npp_kernels._dispatch import cdiv, launch, next_power_of_2, runs_kernels
-from npp_kernels._segments import find_segments
+from npp_kernels.embeddings.segments import find_segments
 
 # H100, 2026-11-24, bf16, V = 16,384, 256 images of 16×16 tokens; docs/tuning.md has what else was tried.
 # A tile of 8,192 embeddings, 256 columns wide, 4 slots at a time: 15 µs at D = 768, K = 16 on real tokens (4,096 and 8
