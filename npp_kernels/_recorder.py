@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -74,7 +75,10 @@ class Recorder:
                 # On the stream of the warm-up: what it compiled keeps autograd's nodes, and a node stays on the stream
                 # that it was made on. The thread that pins a loader's memory calls CUDA at any time, and must not end
                 # this capture.
-                with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
+                with (
+                    _no_collection(),
+                    torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"),
+                ):
                     outputs = remembering()
             except BaseException as error:
                 torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own behind when it cannot end a capture
@@ -97,6 +101,19 @@ class Recorder:
             torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
             torch._C._cuda_releasePool(self.device.index, self._pool)
         self._pool = None
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect garbage now, and none inside: a graph or an event that is freed during a capture ends it."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import npp_kernels
 GROUPS = torch.tensor([[0, 1], [2, 2], [3, 4]])
 FUNCTIONS = {
     "group_mean": (lambda table: npp_kernels.group_mean(table, GROUPS.to(table.device)), (5, 4)),
-    "patch_mean": (lambda embeddings: npp_kernels.patch_mean(embeddings, 2), (4, 6, 3)),
+    "patch_mean": (lambda embeddings: npp_kernels.patch_mean(embeddings, (2, 2)), (4, 6, 3)),
     "patch_cross_entropy": (lambda logits: npp_kernels.patch_cross_entropy(logits, GROUPS.to(logits.device)), (3, 5)),
     "linear_patch_cross_entropy": (
         lambda hidden: npp_kernels.linear_patch_cross_entropy(

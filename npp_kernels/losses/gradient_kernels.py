@@ -46,7 +46,7 @@ def _gradient_kernel(
     num_rows, logits_stride, grad_stride, rows_stride, vocab_size, ignore_index, label_smoothing, z_loss, softcap,
     NORMALIZE: tl.constexpr, SKIP_UNIT: tl.constexpr, OVERLAP: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr, BLOCK_OTHERS: tl.constexpr, NUM_PARTIALS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr,
-    BLOCK_VOCAB: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One program writes every num_programs-th block of BLOCK_VOCAB gradients.
 
@@ -72,6 +72,8 @@ def _gradient_kernel(
         slots = tl.arange(0, BLOCK_SLOTS)
         offsets = first + tl.arange(0, BLOCK_VOCAB)
         mask = offsets < vocab_size
+        if EVEN:  # the compiler drops a mask that it knows to be true
+            mask = tl.full(offsets.shape, True, tl.int1)
         if EARLY:
             raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf"))
         targets = tl.load(groups_row + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
@@ -188,6 +190,7 @@ def launch_gradient(
         SKIP_UNIT=skip_unit,
         early=True,
         BLOCK_VOCAB=block_vocab,
+        EVEN=logits.shape[1] % block_vocab == 0,
         num_warps=min(max(block_vocab // 512, 1), 8),
         **targets.constants(),
     )

@@ -42,37 +42,8 @@ SMOOTHED_WARP_BYTES = 1024
 # Up to so many rows the last program adds up the loss: 0.024 ms against 0.028 for 256 rows of 16,384, forward and
 # backward. More rows queue up for the one counter: 0.416 against 0.390 for 16,384.
 MAX_TICKETS = 1024
-STRAND = tl.constexpr(8)
-STRAND_DEPTH = tl.constexpr(32)  # of each of its lanes so many logits are read at a time
+LANE_SPAN = tl.constexpr(32)  # logits of one lane that are read at a time
 FLOOR = tl.constexpr(torch.finfo(torch.float32).min)
-
-
-@triton.jit
-def _by_strand(lanes):
-    """Return ``[LANES]`` as strands of STRAND neighbours, each in one thread: ``[LANES / STRAND, STRAND]``."""
-    return tl.reshape(lanes, (lanes.shape[0] // STRAND, STRAND))
-
-
-@triton.jit
-def _sum_of_rest(
-    logits_row, vocab_size, softcap, maximum, strand_maximum, strand_total, PRECISE: tl.constexpr, LANES: tl.constexpr
-):
-    """Return a row's sum of exponentials without its maximum, the only logit with more than half of the softmax.
-
-    Only its own strand has added the maximum to what may be smaller by far; that one is read once more. Lane i has the
-    logits i, i + LANES, and so on; a strand's total is the sum of its exponentials.
-    """
-    rest = tl.sum(tl.where(strand_maximum < maximum, strand_total, 0.0), axis=0)
-    strands = tl.arange(0, LANES // STRAND)
-    strand = tl.min(tl.where(strand_maximum == maximum, strands, LANES // STRAND - 1), axis=0)
-    for first in range(0, vocab_size, STRAND_DEPTH * LANES):
-        lanes = strand * STRAND + tl.arange(0, STRAND)[None, :]
-        offsets = first + tl.arange(0, STRAND_DEPTH)[:, None] * LANES + lanes
-        raw = tl.load(logits_row + offsets, mask=offsets < vocab_size, other=float("-inf")).to(tl.float32)
-        logits = tl.where(offsets < vocab_size, capped(raw, softcap), float("-inf"))
-        below = tl.where(logits < maximum, exp(logits - maximum, PRECISE), 0.0)
-        rest += tl.sum(tl.sum(below, axis=0), axis=0)
-    return rest
 
 
 @triton.jit(do_not_specialize=["ignore_index", "rows_stride"])
@@ -92,7 +63,7 @@ def _register_row_kernel(
     logits_stride, grad_stride, rows_stride, vocab_size, ignore_index, label_smoothing, z_loss, softcap,
     NORMALIZE: tl.constexpr, OVERLAP: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr, NUM_PARTIALS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
-    LANES: tl.constexpr,
+    LANES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One program scores one row, which it keeps in its registers, and, where asked, writes the row's gradient.
 
@@ -106,6 +77,8 @@ def _register_row_kernel(
     slots = tl.arange(0, BLOCK_SLOTS)
     offsets = tl.arange(0, BLOCK_VOCAB // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     mask = offsets < vocab_size
+    if EVEN:  # the compiler drops a mask that it knows to be true: there are more instructions than time for them
+        mask = tl.full(offsets.shape, True, tl.int1)
     raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
     targets = tl.load(groups_row + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
     weights, class_weights, counted, in_range = find_weights(
@@ -118,7 +91,9 @@ def _register_row_kernel(
         equal_weights = sum_equal_weights(
             groups_row, targets, weights * class_weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS
         )
-    logits = tl.where(mask, capped(raw, softcap), float("-inf"))
+    logits = raw
+    if softcap is not None:
+        logits = tl.where(mask, capped(raw, softcap), float("-inf"))
     anchor = 0.0
     shortfall = 0.0
     if label_smoothing is not None:
@@ -127,15 +102,13 @@ def _register_row_kernel(
         if class_weight_ptr is not None:
             below *= tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
         shortfall = tl.sum(tl.sum(below, axis=0), axis=0)
-    strand_maximum = tl.max(_by_strand(tl.max(logits, axis=0)), axis=1)
-    maximum = tl.max(strand_maximum, axis=0)
+    maximum = tl.max(tl.max(logits, axis=0), axis=0)
     exponentials = exp(logits - maximum, PRECISE)
-    strand_total = tl.sum(_by_strand(tl.sum(exponentials, axis=0)), axis=1)
-    total = tl.sum(strand_total, axis=0)
+    total = tl.sum(tl.sum(exponentials, axis=0), axis=0)
     rest = total - 1.0
     log_total = tl.log(total)
     if total < 2.0:  # one logit has more than half, beside which the others must not be rounded away
-        rest = _sum_of_rest(logits_row, vocab_size, softcap, maximum, strand_maximum, strand_total, PRECISE, LANES)
+        rest = tl.sum(tl.sum(tl.where(exponentials < 1.0, exponentials, 0.0), axis=0), axis=0)
         log_total = log1p(rest)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()  # for the counting of targets, which comes before; nothing is stored until here
@@ -232,6 +205,24 @@ def _lanes(
     return maximum, total, shortfall, (weighted_sum, best, arg)
 
 
+@triton.jit
+def _sum_of_rest(
+    logits_row, vocab_size, softcap, maximum, lane_maximum, lane_total, PRECISE: tl.constexpr, LANES: tl.constexpr
+):
+    """Return a row's sum of exponentials without its maximum, the only logit with more than half of the softmax.
+
+    Only its own lane has added the maximum to what may be smaller by far; that lane is read once more.
+    """
+    rest = tl.sum(tl.where(lane_maximum < maximum, lane_total, 0.0), axis=0)
+    lane = tl.min(tl.where(lane_maximum == maximum, tl.arange(0, LANES), LANES - 1), axis=0)
+    for first in range(0, vocab_size, LANE_SPAN * LANES):
+        offsets = first + tl.arange(0, LANE_SPAN) * LANES + lane
+        raw = tl.load(logits_row + offsets, mask=offsets < vocab_size, other=float("-inf")).to(tl.float32)
+        logits = tl.where(offsets < vocab_size, capped(raw, softcap), float("-inf"))
+        rest += tl.sum(tl.where(logits < maximum, exp(logits - maximum, PRECISE), 0.0), axis=0)
+    return rest
+
+
 @triton.jit(do_not_specialize=["ignore_index", "rows_stride"])
 def _wide_row_kernel(
     logits_ptr,  # [num_rows, vocab_size]
@@ -272,13 +263,13 @@ def _wide_row_kernel(
     )  # fmt: skip
     maximum = tl.max(lane_maximum, axis=0)
     below = lane_maximum - maximum
-    strand_total = tl.sum(_by_strand(lane_total * exp(below, PRECISE)), axis=1)
-    total = tl.sum(strand_total, axis=0)
+    lane_share = lane_total * exp(below, PRECISE)
+    total = tl.sum(lane_share, axis=0)
+    total = tl.where(total == 0, float("nan"), total)  # of a row that is -inf throughout
     rest = total - 1.0
     log_total = tl.log(total)
     if total < 2.0:
-        strand_maximum = tl.max(_by_strand(lane_maximum), axis=1)
-        rest = _sum_of_rest(logits_row, vocab_size, softcap, maximum, strand_maximum, strand_total, PRECISE, LANES)
+        rest = _sum_of_rest(logits_row, vocab_size, softcap, maximum, lane_maximum, lane_share, PRECISE, LANES)
         log_total = log1p(rest)
     if label_smoothing is not None:
         shortfall = tl.sum(lane_shortfall, axis=0)
@@ -342,7 +333,9 @@ def _row_options(vocab_size: int, itemsize: int, max_bytes: int) -> tuple[bool, 
     block_vocab = max(next_power_of_2(vocab_size), 32) if in_registers else limit
     warp_bytes = SMOOTHED_WARP_BYTES if max_bytes == MAX_SMOOTHED_BYTES else WARP_BYTES
     num_warps = min(max(block_vocab * itemsize // warp_bytes, 1), 16 if in_registers else 32)
+    even = {"EVEN": vocab_size == block_vocab} if in_registers else {}
     return in_registers, {
+        **even,
         "BLOCK_VOCAB": block_vocab,
         "LANES": min(block_vocab, num_warps * 256),
         "num_warps": num_warps,
