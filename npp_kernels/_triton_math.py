@@ -61,10 +61,14 @@ def tanh(x):
 
 @triton.jit
 def capped(logits, softcap):
-    """Return ``softcap · tanh(logits / softcap)``, or the logits themselves where there is no cap."""
+    """Return ``softcap · tanh(logits / softcap)``, or the logits themselves where there is no cap.
+
+    The product is rounded here, as an fma with 0: left as a product, the compiler fuses it with a subtraction that
+    comes later, and a row's maximum less itself is no longer 0.
+    """
     if softcap is not None:
         cap = tl.cast(softcap, tl.float32)  # torch.compile passes Python numbers as fp64
-        logits = cap * tanh(logits / cap)
+        logits = tl.fma(tanh(logits / cap), cap, 0.0)
     return logits
 
 

@@ -362,6 +362,16 @@ def test_compiles_without_spills(case, target, tmp_path):
         )
 
 
+def test_a_capped_logit_is_rounded_before_it_is_used():
+    """Fused into one fma, ``cap · tanh − maximum`` is not 0 at the maximum, and a sure row counts that one twice."""
+    kernel, arguments = row_case("fp32", 512, 4)
+    arguments = arguments | {"softcap": "fp32"}
+    ptx = compile_kernel(kernel, "sm_90", arguments).asm["ptx"]
+    elements = arguments["BLOCK_VOCAB"] // (32 * arguments["num_warps"])
+    plain = compile_kernel(kernel, "sm_90", arguments | {"softcap": None}).asm["ptx"]
+    assert ptx.count("sub.f32") >= max(plain.count("sub.f32"), elements)
+
+
 @pytest.mark.skipif(not TRITON_OVERLAPS, reason="this Triton has no overlapping launches")
 @pytest.mark.parametrize("case", [name for name, case in ALL_CASES.items() if "OVERLAP" in case[1]])
 def test_an_overlapping_kernel_waits_before_it_writes(case):

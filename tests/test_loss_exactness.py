@@ -82,6 +82,31 @@ def test_vocabularies(device, vocab_size, options):
         check(offset + 3 * torch.randn(num_rows, vocab_size, device=device), targets, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [500, 512])  # a power of two fills its block, whose masks the compiler drops
+@pytest.mark.parametrize("gap", [0.0, 20.0])
+@pytest.mark.usefixtures("width")
+def test_softcapped_rows(device, gap, vocab_size, dtype):
+    """A maximum that is a product: less itself it has to be 0, whatever the compiler fuses."""
+    num_rows = 24 if INTERPRETED else 4096
+    logits = 3 * torch.randn(num_rows, vocab_size, device=device)
+    groups = torch.randint(vocab_size, (num_rows, 2), device=device)
+    logits = logits.scatter_(1, groups[:, :1], gap, reduce="add").to(dtype)
+    results = []
+    for cast in (None, torch.float32, torch.float64):
+        leaf = (logits if cast is None else logits.to(cast)).clone().requires_grad_()
+        function = npp_kernels.patch_cross_entropy if cast is None else reference.patch_cross_entropy
+        options = {"return_stats": True} if cast is None else {}
+        loss, stats = function(leaf, groups, reduction="none", softcap=30.0, **options)
+        loss.sum().backward()
+        results.append(
+            (loss.detach(), stats.lse, stats.entropy, leaf.grad.to(dtype if cast == torch.float32 else cast))
+        )
+    for what, *three in zip(("loss", "lse", "entropy", "gradient"), *results, strict=True):
+        # A tanh is off by a last place of its own, 30 times as large after the cap.
+        assert_within_budget(*three, what=what, scale=30.0 if what != "gradient" else 1.0)
+
+
 def test_known_values(device):
     def loss_and_gradient(row, target):
         logits = torch.tensor([row], device=device, requires_grad=True)

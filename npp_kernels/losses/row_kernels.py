@@ -108,7 +108,7 @@ def _register_row_kernel(
     rest = total - 1.0
     log_total = tl.log(total)
     if total < 2.0:  # one logit has more than half, beside which the others must not be rounded away
-        rest = tl.sum(tl.sum(tl.where(exponentials < 1.0, exponentials, 0.0), axis=0), axis=0)
+        rest = tl.sum(tl.sum(tl.where(logits < maximum, exponentials, 0.0), axis=0), axis=0)
         log_total = log1p(rest)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()  # for the counting of targets, which comes before; nothing is stored until here
