@@ -35,7 +35,7 @@ from npp_kernels.embeddings.group_mean import (
     _segment_sums_kernel,
 )
 from npp_kernels.embeddings.patch_mean import _patch_mean_kernel
-from npp_kernels.losses import exponentials, gradient_kernels, row_kernels, targets
+from npp_kernels.losses import exponential_rows, exponentials, gradient_kernels, row_kernels, targets
 from reference import attention, optimizer, swiglu
 from tests.conftest import INTERPRETED
 
@@ -252,7 +252,7 @@ def score_arguments(group_size, hidden_size, everything=False):
         "totals_ptr": "*fp32", "rows_ptr": "*fp32", "probabilities_ptr": pointer, "scales_ptr": "*fp32",
         "scaled_ptr": "*bf16", "rows_stride": "i32", "vocab_size": "i32", "hidden_size": "i32", "ignore_index": "i32",
         "z_loss": "fp32", "NUM_SUMS": 64, "BLOCK_SUMS": 64, "TILE": exponentials.BLOCK_VOCAB, "OVERLAP": False,
-        **exponentials._score_options(hidden_size, group_size), **loss_targets(group_size).constants(),
+        **exponential_rows._score_options(hidden_size, group_size), **loss_targets(group_size).constants(),
     }  # fmt: skip
 
 
@@ -336,12 +336,12 @@ HOPPER_CASES = {
     "exponentials": (exponentials._exponentials_kernel, exponentials_arguments(True)),
     "exponentials uneven": (exponentials._exponentials_kernel, exponentials_arguments(False)),
     "offsets": (exponentials._offsets_kernel, offsets_arguments()),
-    "score K=1": (exponentials._score_exponentials_kernel, score_arguments(1, 768)),
-    "score K=4": (exponentials._score_exponentials_kernel, score_arguments(4, 768)),
-    "score K=16": (exponentials._score_exponentials_kernel, score_arguments(16, 1536)),
-    "score K=256": (exponentials._score_exponentials_kernel, score_arguments(256, 2048)),
-    "score K=4 all options": (exponentials._score_exponentials_kernel, score_arguments(4, 1536, True)),
-    "scale_rows": (exponentials._scale_rows_kernel, scale_rows_arguments()),
+    "score K=1": (exponential_rows._score_exponentials_kernel, score_arguments(1, 768)),
+    "score K=4": (exponential_rows._score_exponentials_kernel, score_arguments(4, 768)),
+    "score K=16": (exponential_rows._score_exponentials_kernel, score_arguments(16, 1536)),
+    "score K=256": (exponential_rows._score_exponentials_kernel, score_arguments(256, 2048)),
+    "score K=4 all options": (exponential_rows._score_exponentials_kernel, score_arguments(4, 1536, True)),
+    "scale_rows": (exponential_rows._scale_rows_kernel, scale_rows_arguments()),
 }
 ALL_CASES = CASES | OPAQUE_CASES | HOPPER_CASES
 

@@ -27,6 +27,7 @@ LAYERS = [
     {"losses.linear_patch_cross_entropy"},
     {"losses.patch_cross_entropy", "losses.chunks"},
     {"losses.exponentials", "losses.row_kernels", "losses.gradient_kernels", "losses.torch_path"},
+    {"losses.exponential_rows"},
     {"losses.scores"},
     {"losses.target_math", "losses.targets"},
     {"losses.options", "losses.__init__"},

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from npp_kernels._dispatch import cdiv, runs_kernels
-from npp_kernels.losses.exponentials import find_offsets, launch_exponentials, scale_rows, serves_exponentials
+from npp_kernels.losses.exponential_rows import scale_rows
+from npp_kernels.losses.exponentials import find_offsets, launch_exponentials, serves_exponentials
 from npp_kernels.losses.gradient_kernels import launch_gradient
 from npp_kernels.losses.row_kernels import launch_loss
 from npp_kernels.losses.scores import Scores

@@ -22,7 +22,9 @@ from npp_kernels.losses.target_math import (
     gradient_away_from_targets,
     gradient_terms,
     load_totals,
+    store_at_targets,
     sum_equal_weights,
+    times_class_weights,
 )
 from npp_kernels.losses.targets import Targets
 
@@ -114,14 +116,12 @@ def _gradient_kernel(
         tl.debug_barrier()  # in place, a target's logit is read before its neighbours' gradients are written
         logits = capped(raw.to(tl.float32), softcap)
         by_id = spread
-        if label_smoothing is not None and class_weight_ptr is not None:
-            by_id = spread * tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
+        if label_smoothing is not None:
+            by_id = times_class_weights(spread, class_weight_ptr, offsets, mask)
         weighted_softmax = exp(logits - maximum, PRECISE) * divide(softmax_weight, 1.0 + rest)
         gradient = gradient_away_from_targets(weighted_softmax, logits, by_id, idle, softcap)
         tl.store(grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
-        tl.debug_barrier()  # the stores above come before those at the targets, from other threads
-        if idle == 0:
-            tl.store(grad_row + targets, at_targets.to(grad_ptr.dtype.element_ty), mask=in_block)
+        store_at_targets(grad_row, targets, at_targets, in_block, idle)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -24,8 +24,11 @@ from npp_kernels.losses.target_math import (
     gradient_at_targets,
     gradient_away_from_targets,
     gradient_terms,
+    has_no_target,
     load_totals,
+    store_at_targets,
     sum_equal_weights,
+    times_class_weights,
 )
 from npp_kernels.losses.targets import Targets
 
@@ -98,9 +101,7 @@ def _register_row_kernel(
     shortfall = 0.0
     if label_smoothing is not None:
         anchor = find_anchor(target_logits, in_range)
-        below = tl.where(mask, anchor - logits, 0.0)
-        if class_weight_ptr is not None:
-            below *= tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
+        below = times_class_weights(tl.where(mask, anchor - logits, 0.0), class_weight_ptr, offsets, mask)
         shortfall = tl.sum(tl.sum(below, axis=0), axis=0)
     maximum = tl.max(tl.max(logits, axis=0), axis=0)
     exponentials = exp(logits - maximum, PRECISE)
@@ -124,19 +125,18 @@ def _register_row_kernel(
         weighted = tl.where(exponentials > 0, exponentials * (logits - maximum), 0.0)
         best = tl.max(tl.max(raw, axis=0), axis=0)
         arg_max = tl.min(tl.min(tl.where(raw == best, offsets, vocab_size), axis=0), axis=0)
-        arg_max = tl.where(arg_max == vocab_size, 0, arg_max)  # of a row that is NaN
         weighted_sum = tl.sum(tl.sum(weighted, axis=0), axis=0)
-        store_statistics((rows_ptr, predictions_ptr), place, statistics, weighted_sum, arg_max, targets, in_range)
+        store_statistics(
+            (rows_ptr, predictions_ptr), place, statistics, weighted_sum, arg_max, (targets, in_range, vocab_size)
+        )
     if grad_ptr is not None:
         softmax_weight, surplus, spread, smoothing_rest = gradient_terms(
             weights, class_weights, divisor, slope, label_smoothing, class_weight_ptr, vocab_size
         )
-        idle = tl.sum(weights, axis=0) == 0
-        if z_loss is not None:
-            idle = idle & (penalty == 0)
+        idle = has_no_target(weights, penalty, z_loss)
         by_id = spread
-        if label_smoothing is not None and class_weight_ptr is not None:
-            by_id = spread * tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
+        if label_smoothing is not None:
+            by_id = times_class_weights(spread, class_weight_ptr, offsets, mask)
         weighted_softmax = exponentials * divide(softmax_weight, total)
         gradient = gradient_away_from_targets(weighted_softmax, logits, by_id, idle, softcap)
         grad_row = grad_ptr + row * grad_stride
@@ -150,10 +150,7 @@ def _register_row_kernel(
             (distances, in_range, weights, equal_weights, class_weights),
             (divisor, softmax_weight, surplus, spread, smoothing_rest, rest), target_logits, softcap, PRECISE,
         )  # fmt: skip
-        tl.debug_barrier()  # the stores above come before those at the targets, from other threads
-        # Equal targets all store the same value, so that the order of the stores does not matter.
-        if idle == 0:
-            tl.store(grad_row + targets, gradient.to(grad_ptr.dtype.element_ty), mask=in_range)
+        store_at_targets(grad_row, targets, gradient, in_range, idle)
     if ticket_ptr is not None:
         add_up_losses(rows_ptr, ticket_ptr, loss_ptr, LANES)
 
@@ -185,9 +182,7 @@ def _lanes(
         raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
         logits = tl.where(mask, capped(raw, softcap), float("-inf"))
         if SMOOTHED:
-            below = tl.where(mask, anchor - logits, 0.0)
-            if class_weight_ptr is not None:
-                below *= tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
+            below = times_class_weights(tl.where(mask, anchor - logits, 0.0), class_weight_ptr, offsets, mask)
             shortfall += tl.sum(below, axis=0)
         new_maximum = tl.maximum(maximum, tl.max(logits, axis=0))
         rescale = exp(maximum - new_maximum, PRECISE)
@@ -287,16 +282,15 @@ def _wide_row_kernel(
         lane_weighted, lane_best, lane_arg = others
         shifted = tl.where(lane_total > 0, exp(below, PRECISE) * (lane_weighted + below * lane_total), 0.0)
         arg_max = tl.min(tl.where(lane_best == tl.max(lane_best, axis=0), lane_arg, vocab_size), axis=0)
-        arg_max = tl.where(arg_max == vocab_size, 0, arg_max)  # of a row that is NaN, or -inf throughout
         weighted_sum = tl.sum(shifted, axis=0)
-        store_statistics((rows_ptr, predictions_ptr), place, statistics, weighted_sum, arg_max, targets, in_range)
+        store_statistics(
+            (rows_ptr, predictions_ptr), place, statistics, weighted_sum, arg_max, (targets, in_range, vocab_size)
+        )
     if grad_ptr is not None:
         softmax_weight, surplus, spread, smoothing_rest = gradient_terms(
             weights, class_weights, divisor, slope, label_smoothing, class_weight_ptr, vocab_size
         )
-        idle = tl.sum(weights, axis=0) == 0
-        if z_loss is not None:
-            idle = idle & (penalty == 0)
+        idle = has_no_target(weights, penalty, z_loss)
         scale = divide(softmax_weight, total)
         grad_row = grad_ptr + row * grad_stride
         num_blocks = tl.cdiv(vocab_size, BLOCK_VOCAB)
@@ -308,8 +302,8 @@ def _wide_row_kernel(
             raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf"), eviction_policy="evict_first")
             logits = tl.where(mask, capped(raw.to(tl.float32), softcap), float("-inf"))
             by_id = spread
-            if label_smoothing is not None and class_weight_ptr is not None:
-                by_id = spread * tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
+            if label_smoothing is not None:
+                by_id = times_class_weights(spread, class_weight_ptr, offsets, mask)
             gradient = gradient_away_from_targets(exp(logits - maximum, PRECISE) * scale, logits, by_id, idle, softcap)
             gradient = gradient.to(grad_ptr.dtype.element_ty)
             tl.store(grad_row + offsets, gradient, mask=mask, eviction_policy="evict_first")
@@ -319,9 +313,7 @@ def _wide_row_kernel(
             (distances, in_range, weights, equal_weights, class_weights),
             (divisor, softmax_weight, surplus, spread, smoothing_rest, rest), target_logits, softcap, PRECISE,
         )  # fmt: skip
-        tl.debug_barrier()  # the stores above come before those at the targets, from other threads
-        if idle == 0:
-            tl.store(grad_row + targets, gradient.to(grad_ptr.dtype.element_ty), mask=in_range)
+        store_at_targets(grad_row, targets, gradient, in_range, idle)
     if ticket_ptr is not None:
         add_up_losses(rows_ptr, ticket_ptr, loss_ptr, LANES)
 

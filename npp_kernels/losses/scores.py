@@ -117,8 +117,10 @@ def score_targets(
 
 
 @triton.jit
-def store_statistics(pointers, place, statistics, weighted_sum, arg_max, targets, in_range):
+def store_statistics(pointers, place, statistics, weighted_sum, arg_max, ids):
     """Store a row's lse, accuracy, entropy and prediction; the weighted sum is Σ_v exp(z_v − m) · (z_v − m)."""
+    targets, in_range, vocab_size = ids
+    arg_max = tl.where(arg_max == vocab_size, 0, arg_max)  # of a row that is NaN, or -inf throughout
     rows_ptr, predictions_ptr = pointers
     row, rows_stride, _ = place
     maximum, rest, log_total, _, _ = statistics

@@ -111,6 +111,23 @@ def gradient_terms(weights, class_weights, divisor, penalty_slope, label_smoothi
 
 
 @triton.jit
+def times_class_weights(values, class_weight_ptr, offsets, mask):
+    """Return values times the weights of their ids, where ids have weights."""
+    if class_weight_ptr is not None:
+        values = values * tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
+    return values
+
+
+@triton.jit
+def has_no_target(weights, penalty, z_loss):
+    """Return whether nothing in a row counts, so that its gradient is 0; for weights of at least 0, or NaN."""
+    idle = tl.sum(weights, axis=0) == 0
+    if z_loss is not None:
+        idle = idle & (penalty == 0)
+    return idle
+
+
+@triton.jit
 def gradient_away_from_targets(weighted_softmax, logits, spread, idle, softcap):
     """Return dz where no target is; a row without any target is 0, never NaN."""
     gradient = weighted_softmax - spread
@@ -148,3 +165,14 @@ def gradient_at_targets(targets, row, target_logits, softcap, PRECISE: tl.conste
     if softcap is not None:
         gradient = gradient * cap_derivative(target_logits, softcap)
     return gradient
+
+
+@triton.jit
+def store_at_targets(grad_row, targets, gradient, valid, idle):
+    """Overwrite a row's gradient at its targets, after the rest of it was stored by other threads.
+
+    Equal targets all store the same value, so that the order of the stores does not matter.
+    """
+    tl.debug_barrier()
+    if idle == 0:
+        tl.store(grad_row + targets, gradient.to(grad_row.dtype.element_ty), mask=valid)
