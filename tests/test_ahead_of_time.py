@@ -305,7 +305,7 @@ CASES = {
     "loss V=32768 K=4": row_case("bf16", 32768, 4),
     "loss V=16384 K=4 fp32": row_case("fp32", 16384, 4),
     "loss V=32768 K=4 fp32": row_case("fp32", 32768, 4),
-    "loss V=2048 K=4 fp32 all options": row_case("fp32", 2048, 4, True),
+    "loss V=1024 K=4 fp32 all options": row_case("fp32", 1024, 4, True),
     "loss V=128256 K=1": row_case("bf16", 128256, 1),
     "loss V=262144 K=256": row_case("bf16", 262144, 256),
     "loss V=128256 K=4 all options": row_case("fp32", 128256, 4, True),

@@ -1,10 +1,12 @@
 """The fused first product of `linear_patch_cross_entropy`, by itself: in fp32 by the interpreter, in bf16 on a GPU."""
 
+import math
+
 import pytest
 import torch
 
 import reference.ops as reference
-from npp_kernels.losses import exponentials
+from npp_kernels.losses import exponential_rows, exponentials
 from npp_kernels.losses.options import LossOptions
 from npp_kernels.losses.scores import LOSS, MAXIMUM, REST, Scores
 from npp_kernels.losses.targets import find_targets
@@ -108,3 +110,32 @@ def test_weights_of_both_signs_may_cancel(device):
     hidden, weight = make_inputs(device)
     groups = make_groups(VOCAB_SIZE, NUM_ROWS, 2, device, ignored=0)
     check(hidden, weight, groups, slot_weights=[1.0, -1.0], reduction="sum", allowed=2**-19)
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+@pytest.mark.parametrize("gap", [0.0, 5.0, 20.0])
+def test_the_rounding_of_targets_goes_into_their_rows_scale(device, group_size, gap):
+    """Of one target nothing is left of it; of several no more than each by itself would have."""
+    hidden, weight = (tensor.bfloat16() for tensor in make_inputs(device))
+    groups = torch.stack([torch.randperm(VOCAB_SIZE, device=device)[:group_size] for _ in range(NUM_ROWS)])
+    weight = weight / weight.float().norm(dim=1, keepdim=True)
+    hidden = (hidden + gap * weight[groups[:, 0]]).bfloat16()
+    weight = weight.bfloat16()
+    logits = (hidden.double() @ weight.double().t()).requires_grad_()
+    reference.patch_cross_entropy(logits, groups)[0].backward()
+    base2 = logits.detach() / math.log(2)
+    offsets = (base2[:, :64].amax(1).ceil() + 16).float()
+    values = torch.exp2(base2 - offsets[:, None]).float()
+    tile = 256
+    sums = torch.nn.functional.pad(values, (0, -VOCAB_SIZE % tile)).unflatten(1, (-1, tile)).sum(2)
+    targets, _ = find_targets(groups, LossOptions(), like=hidden)
+    scores = Scores.empty(targets, hidden.dtype, per_target=False, stats=False)
+    tiles = (values.bfloat16(), sums.contiguous(), tile)
+    factors = exponential_rows.score_exponentials(hidden, weight, offsets, tiles, targets, scores)
+    found = factors.matrix.gather(1, groups).double() * factors.row_scale[:, None]
+    exact = logits.grad.gather(1, groups)
+    error = ((found - exact).norm(dim=1) / exact.norm(dim=1)).max()
+    allowed = 2**-7 if INTERPRETED else 2**-8  # the interpreter cuts bf16 off
+    if group_size == 1:  # what a sure row subtracts is a sum of others, of which one tile is rounded
+        allowed = 2e-5 if gap < 20 else 2**-9
+    assert error <= allowed

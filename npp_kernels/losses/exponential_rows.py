@@ -78,6 +78,20 @@ def _sum_of_rest(exponentials_row, sums, top, vocab_size, TILE: tl.constexpr):
     return tl.sum(others, axis=0) + tl.sum(other_tiles, axis=0)
 
 
+@triton.jit
+def _fitted_factor(exact, rounded):
+    """Return what rounded values are to be multiplied by to come nearest to the exact ones, by least squares.
+
+    A row's gradient is mostly that of its targets. Rounded to bf16 they would be half of its error; what multiplies the
+    row anyway takes a single one back to where it was, and of several the part that they have in common.
+    """
+    largest = tl.max(tl.abs(rounded), axis=0)
+    exact = exact / largest  # whose squares might not be finite
+    rounded = rounded / largest
+    factor = tl.sum(exact * rounded, axis=0) / tl.sum(rounded * rounded, axis=0)
+    return tl.where(tl.abs(factor - 1.0) < 0.01, factor, 1.0)  # no target, or a NaN: none
+
+
 @triton.jit(do_not_specialize=["ignore_index", "rows_stride"])
 def _score_exponentials_kernel(
     exponentials_ptr,  # [num_rows, vocab_size] in and out: E becomes F
@@ -155,15 +169,17 @@ def _score_exponentials_kernel(
     least = tl.sum(tl.abs(weights), axis=0) / divisor * 9.5367431640625e-07
     softmax_weight = tl.where(tl.abs(softmax_weight) < least, least, softmax_weight)
     scale = softmax_weight / total
-    tl.store(scales_ptr + row, scale)
     coefficients = tl.div_rn(equal_weights, divisor)
     target_gradients = tl.exp2(target_logits * LOG2_E - offset) - coefficients / scale
     others = tl.div_rn(tl.sum(tl.where(targets == top, 0.0, weights), axis=0), divisor)
     at_top = ((others + surplus) * top_exponential - coefficients * rest_total) / softmax_weight
-    target_gradients = tl.where(targets == top, at_top, target_gradients).to(exponentials_ptr.dtype.element_ty)
+    target_gradients = tl.where(targets == top, at_top, target_gradients)
+    rounded = target_gradients.to(exponentials_ptr.dtype.element_ty)
+    scale *= _fitted_factor(tl.where(in_range, target_gradients, 0.0), tl.where(in_range, rounded.to(tl.float32), 0.0))
+    tl.store(scales_ptr + row, scale)
     idle = softmax_weight == 0
     if idle == 0:
-        tl.store(exponentials_row + targets, target_gradients, mask=in_range)
+        tl.store(exponentials_row + targets, rounded, mask=in_range)
     for first in range(0, hidden_size, BLOCK_HIDDEN):
         columns = first + tl.arange(0, BLOCK_HIDDEN)
         in_row = columns < hidden_size
