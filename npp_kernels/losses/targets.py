@@ -21,7 +21,9 @@ COUNT_BLOCK = 2048
 MAX_PARTIALS = 32  # no more than a warp has threads: they are summed without a barrier
 DUPLICATE_SLOTS = 16
 
-MAX_KEPT_WEIGHTS = 64  # slot weights are few; whoever makes new ones at each call must not fill the GPU with them
+# Slot weights are few; whoever makes new ones at each call must not fill the GPU with them. What is kept is kept for good:
+# a CUDA graph may read it.
+MAX_KEPT_WEIGHTS = 64
 _kept_weights: dict[tuple, Tensor] = {}
 
 
@@ -169,9 +171,8 @@ def _constant_tensor(values: Any, dtype: torch.dtype, device: torch.device) -> T
     if tensor is None:
         with torch.inference_mode(False):
             tensor = torch.tensor(key[:-2], dtype=dtype, device=device)
-        if type(tensor) is Tensor and not torch.compiler.is_compiling():
-            if len(_kept_weights) >= MAX_KEPT_WEIGHTS:
-                _kept_weights.clear()
+        keeps = type(tensor) is Tensor and not torch.compiler.is_compiling()
+        if keeps and len(_kept_weights) < MAX_KEPT_WEIGHTS:
             _kept_weights[key] = tensor
     return tensor
 
