@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import npp_kernels
+from npp_kernels.losses import targets
 from npp_kernels.losses.options import LossOptions
-from npp_kernels.losses.targets import MAX_KEPT_WEIGHTS, find_targets
 
 
 def test_embedding_is_an_embedding(device):
@@ -76,16 +76,17 @@ def test_bad_options_fail_where_the_module_is_made(options, words):
         npp_kernels.LinearPatchCrossEntropyLoss(chunk_rows=0)
 
 
-def test_slot_weights_of_python_are_copied_to_a_device_once(device):
+def test_slot_weights_of_python_are_copied_to_a_device_once(device, monkeypatch):
     """A second copy would make the host wait, and end a capture; what a CUDA graph may read is never let go."""
+    monkeypatch.setattr(targets, "_kept_weights", {})
     logits, groups = torch.randn(3, 9, device=device), torch.randint(9, (3, 2), device=device)
     expected = npp_kernels.patch_cross_entropy(logits, groups, slot_weights=torch.tensor([0.25, 0.75], device=device))
     like = logits.new_empty(0)
     found = []
     for _ in range(2):
         options = LossOptions(slot_weights=[0.25, 0.75])
-        found.append(find_targets(groups, options, like)[0].slot_scale)
-        for index in range(MAX_KEPT_WEIGHTS + 1):
-            find_targets(groups, LossOptions(slot_weights=[float(index), 1.0]), like)
+        found.append(targets.find_targets(groups, options, like)[0].slot_scale)
+        for index in range(targets.MAX_KEPT_WEIGHTS + 1):
+            targets.find_targets(groups, LossOptions(slot_weights=[float(index), 1.0]), like)
     assert found[0] is found[1]
     assert torch.equal(npp_kernels.patch_cross_entropy(logits, groups, slot_weights=(0.25, 0.75)), expected)

@@ -21,8 +21,8 @@ COUNT_BLOCK = 2048
 MAX_PARTIALS = 32  # no more than a warp has threads: they are summed without a barrier
 DUPLICATE_SLOTS = 16
 
-# Slot weights are few; whoever makes new ones at each call must not fill the GPU with them. What is kept is kept for good:
-# a CUDA graph may read it.
+# Slot weights are few; whoever makes new ones at each call must not fill the GPU with them. What is kept is kept for
+# good: a CUDA graph may read it.
 MAX_KEPT_WEIGHTS = 64
 _kept_weights: dict[tuple, Tensor] = {}
 
