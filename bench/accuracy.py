@@ -38,11 +38,12 @@ LOSS, LINEAR, MEAN = "patch_cross_entropy", "linear_patch_cross_entropy", "group
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OFFSETS = (0.0, 100.0, 1000.0, 1e5, 1e8)
 GAPS = (0.0, 5.0, 10.0, 15.0, 20.0, 24.0, 30.0)
-OPTIONS: dict[str, dict[str, float]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "label smoothing": {"label_smoothing": 0.1},
     "z-loss": {"z_loss": 0.01},
     "softcap": {"softcap": 30.0},
     "all three": {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 30.0},
+    "class weights": {"class_weight": None, "label_smoothing": 0.1},  # drawn for the vocabulary, see `_options`
 }
 PEERS = {LOSS: {"liger": "Liger", "quack": "QuACK"}, LINEAR: {"liger": "Liger", "quack_linear": "QuACK"}}
 # The elements of logits that a case has, the most rows, and the vocabularies.
@@ -162,16 +163,24 @@ def _linear(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def torch_loss(
-    logits: Tensor, groups: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None
+    logits: Tensor,
+    groups: Tensor,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    class_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score logits with PyTorch's own functions: the losses ``[N, K]``, the loss to differentiate, capped logits."""
     capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     rows = capped if groups.shape[1] == 1 else capped.repeat_interleave(groups.shape[1], 0)
-    losses = F.cross_entropy(rows, groups.flatten(), reduction="none", label_smoothing=label_smoothing)
-    return losses.view(groups.shape), losses.mean() + z_loss * torch.logsumexp(capped, 1).square().mean(), capped
+    weight = None if class_weight is None else class_weight.to(logits)
+    options: dict[str, Any] = {"weight": weight, "label_smoothing": label_smoothing}
+    losses = F.cross_entropy(rows, groups.flatten(), reduction="none", **options)
+    mean = losses.mean() if weight is None else losses.sum() / weight[groups].sum()
+    return losses.view(groups.shape), mean + z_loss * torch.logsumexp(capped, 1).square().mean(), capped
 
 
-def _torch_rows(logits: Tensor, groups: Tensor, wide: torch.dtype, options: dict[str, float]) -> dict[str, Tensor]:
+def _torch_rows(logits: Tensor, groups: Tensor, wide: torch.dtype, options: dict[str, Any]) -> dict[str, Tensor]:
     logits = logits.detach().requires_grad_()
     losses, loss, capped = torch_loss(logits.to(wide), groups, **options)
     (gradient,) = torch.autograd.grad(loss, logits)
@@ -180,16 +189,16 @@ def _torch_rows(logits: Tensor, groups: Tensor, wide: torch.dtype, options: dict
     return {"loss": losses.detach(), "lse": torch.logsumexp(capped, 1), "entropy": entropy, "gradient": gradient}
 
 
-def _our_rows(logits: Tensor, groups: Tensor, options: dict[str, float]) -> dict[str, Tensor]:
+def _our_rows(logits: Tensor, groups: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
     unpenalised = {name: value for name, value in options.items() if name != "z_loss"}
-    losses: Any = npp_kernels.patch_cross_entropy(logits, groups, reduction="none", **unpenalised)  # type: ignore[arg-type]
+    losses: Any = npp_kernels.patch_cross_entropy(logits, groups, reduction="none", **unpenalised)
     logits = logits.detach().requires_grad_()
-    loss, stats = npp_kernels.patch_cross_entropy(logits, groups, return_stats=True, **options)  # type: ignore[arg-type]
+    loss, stats = npp_kernels.patch_cross_entropy(logits, groups, return_stats=True, **options)
     (gradient,) = torch.autograd.grad(loss, logits)
     return {"loss": losses, "lse": stats.lse, "entropy": stats.entropy, "gradient": gradient}
 
 
-def _exact_rows(logits: Tensor, groups: Tensor, options: dict[str, float]) -> dict[str, Tensor]:
+def _exact_rows(logits: Tensor, groups: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
     if options:  # of logits that are not sure of anything: PyTorch's fp64 has places enough
         return _torch_rows(logits.double(), groups, torch.float64, options)
     exact = exact_rows(logits, groups)
@@ -235,10 +244,18 @@ def _differentiated(function: Callable[..., Any], hidden: Tensor, weight: Tensor
     return {"loss": loss.detach(), "hidden's gradient": gradients[0], "weight's gradient": gradients[1]}
 
 
+def _options(case: Case, device: torch.device) -> dict[str, Any]:
+    """Return the options of a case, with a weight from 0 to 1 for each id where ids have weights."""
+    options = dict(OPTIONS[case.option]) if case.option else {}
+    if "class_weight" in options:
+        options["class_weight"] = torch.rand(case.vocab_size, device=device)
+    return options
+
+
 def _results(case: Case, device: torch.device) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], Tensor]:
     """Return the exact results by quantity, those of each contender, and the targets."""
     if case.operation == LOSS:
-        options = OPTIONS[case.option] if case.option else {}
+        options = _options(case, device)
         logits, groups = _logits(case, device)
         found = {OURS: _our_rows(logits, groups, options)}
         found[PYTORCH] = _torch_rows(logits, groups, torch.float32, options)

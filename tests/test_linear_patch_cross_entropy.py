@@ -65,8 +65,11 @@ def check(inputs, groups, upstream, *, chunk_rows=None, **options):
             continue  # rounded logits have equal maxima
         if what == "grad_bias" and inputs[2] is None:
             continue
-        # Rounded logits are off by their own last place, and with them what is a sum of them.
-        scale = rounded_scale(exact[0] @ exact[1].t(), dtype) if what in ("loss", "lse", "entropy") else None
+        scale = None
+        if what in ("loss", "lse", "entropy"):
+            # Logits are sums as large as themselves, and rounded ones are off by their own last place.
+            logits = exact[0] @ exact[1].t()
+            scale = torch.maximum(rounded_scale(logits, dtype), logits.abs().max().detach())
         if what == "loss":
             scale = scale * total_weight(groups, **options)
         assert_within_budget(*three, what=what, scale=scale)
