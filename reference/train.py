@@ -14,7 +14,6 @@ cannot hold would need FSDP.)
 
 from __future__ import annotations
 
-import csv
 import functools
 import math
 import os
@@ -37,13 +36,10 @@ from npp_kernels import PatchSchedule, Stage
 from reference import checkpoint
 from reference.codes import ArrayDataset, TokenDataset, load_dataset
 from reference.config import FREE_TO_CHANGE, TrainConfig, parse
+from reference.log import COLUMNS, Log
 from reference.model import Transformer
 from reference.step import SETUP_STEPS, Progress, TrainStep
 
-COLUMNS = (
-    "step", "epoch", "stage", "patch", "lr", "loss", "gradient_norm", "images_per_second", "train_seconds",
-    "setup_seconds", "test_nll", "test_nll_error",
-)  # fmt: skip
 # Logits of an evaluation's batch: what a CPU's caches do not suffer from, and what keeps a GPU busy (512 MB in fp32).
 EVALUATED_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
@@ -80,47 +76,6 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
 def _order_of_epoch(seed: int, epoch: int, num_images: int) -> np.ndarray:
     # The third number keeps the order apart from other draws of the same seed and epoch, such as the augmentation's.
     return np.random.default_rng((seed, epoch, 1)).permutation(num_images)
-
-
-class Log:
-    """The log of a run as ``log.csv``, and as TensorBoard events where they are asked for."""
-
-    def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
-        self._events: Any = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ModuleNotFoundError as error:
-                raise ModuleNotFoundError(
-                    "tensorboard: expected the package, found none: pip install tensorboard"
-                ) from error
-            self._events = SummaryWriter(str(folder), purge_step=first_step + 1)
-        path = folder / "log.csv"
-        # Lines after the checkpoint that the run goes on from will be computed, and written, again.
-        kept = []
-        if path.exists():
-            with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
-        self._file = path.open("w", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._writer.writeheader()
-        self._writer.writerows(kept)
-        self._file.flush()
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Write one line."""
-        self._writer.writerow(row)
-        self._file.flush()
-        if self._events is not None:
-            for name in COLUMNS[1:]:
-                if row[name] is not None:
-                    self._events.add_scalar(name, row[name], row["step"])
-
-    def close(self) -> None:
-        """Close the files."""
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
 
 
 class Clock:
@@ -179,6 +134,7 @@ class Run:
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         dataset = load_dataset(config.data, "train", seed=config.seed)
         self.test_data = load_dataset(config.data, "test") if config.evaluate_every else None
+        self.fingerprint = dataset.fingerprint()
         self.batches = Batches(dataset, config.batch_size, config.seed, self.rank, self.processes)
         self.schedule: PatchSchedule = config.schedule(self.batches.steps_per_epoch)
 
@@ -320,6 +276,7 @@ class Run:
                 "seconds": self.clock.seconds,
                 "setup_seconds": self.clock.setup_seconds,
                 "random": all_random,
+                "data": self.fingerprint,
                 "model_config": asdict(self.model.config),
                 "train_config": asdict(self.config),
             }
@@ -334,6 +291,7 @@ class Run:
                 )
         if len(saved["random"]) != self.processes:
             raise ValueError(f"processes: expected {len(saved['random'])}, as in that run, got {self.processes}")
+        self._check_data(saved)
         self.trainer.load(saved)
         random = saved["random"][self.rank]
         torch.set_rng_state(random["cpu"])
@@ -341,6 +299,23 @@ class Run:
             torch.cuda.set_rng_state(random["cuda"])
         self.step = saved["step"]
         self.clock = Clock(self.device, saved["seconds"], saved["setup_seconds"])
+
+    def _check_data(self, saved: dict[str, Any]) -> None:
+        """Refuse to go on with other images than those that the run has seen."""
+        expected = saved.get("data")
+        if expected is None and self.rank == 0:
+            print(f"{self.folder}: its checkpoint does not say what its data was; this is not checked", file=sys.stderr)
+        for name, value in (expected or {}).items():
+            if self.fingerprint[name] != value:
+                raise ValueError(
+                    f"data: expected {name} {value}, as in the run in {self.folder}, got {self.fingerprint[name]} "
+                    f"from {self.config.data}; choose another --output for other data"
+                )
+        if saved["step"] > self.schedule.total_steps:
+            raise ValueError(
+                f"data: expected enough images for more than the {saved['step']} steps that the run in {self.folder} "
+                f"has made, got {self.fingerprint['images']}, which make {self.schedule.total_steps}"
+            )
 
 
 @contextmanager

@@ -186,6 +186,19 @@ def test_variants_depend_on_seed_epoch_and_index_alone():
     assert data.batch(range(500))[0].max() == 0
 
 
+def test_fingerprints_tell_data_apart():
+    generator = np.random.default_rng(0)
+    tokens, labels = generator.integers(0, 9, (300, 2, 4, 4)), np.arange(300) % 5
+
+    def of(tokens=tokens, labels=labels, seed=0):
+        return ArrayDataset(tokens, labels, vocab_size=9, num_classes=5, seed=seed).fingerprint()
+
+    assert of() == of(tokens.astype(np.uint16), labels.astype(np.uint8), seed=1)  # the same data, kept in another way
+    assert of()["images"] == 300
+    assert len({of()["content"], of(tokens[::-1])["content"], of(labels=labels[::-1])["content"]}) == 3
+    assert of(tokens[:1], labels[:1])["images"] == 1
+
+
 def test_variants_are_drawn_evenly():
     data = marked_dataset(2000, 10)
     counts = np.bincount(np.concatenate([data.variants(np.arange(2000), epoch) for epoch in range(10)]))

@@ -6,6 +6,7 @@ import functools
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -392,6 +393,40 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"levels: expected 2, as in the run in .*, got 1"):
         train.main([*arguments, "--levels", "1"])
     assert train.main([*arguments, "--log-every", "1"]) == 0  # finished already, and nothing that counts has changed
+
+
+def write_tokens(path, num_images=60, seed=0):
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(0, 30, (num_images, 4, 4)).astype(np.uint16)
+    tokens[0, 0, 0] = 29  # the vocabulary is read off the ids
+    labels = np.arange(num_images, dtype=np.uint8) % 3
+    np.savez(path, train=tokens, test=tokens[:5], train_labels=labels, test_labels=labels[:5])
+
+
+def test_a_run_goes_on_with_its_own_data_only(tmp_path, capsys):
+    data, folder = tmp_path / "tokens.npz", tmp_path / "run"
+    arguments = arguments_of(folder, "--data", f"npz:{data}", "--epochs", "2")  # 6 steps
+    write_tokens(data)
+    assert train.main(arguments) == 0
+    write_tokens(data, seed=1)
+    with pytest.raises(
+        ValueError, match=r"^data: expected content [0-9a-f]{64}, as in the run in .*run, got [0-9a-f]{64}"
+    ):
+        train.main(arguments)
+    write_tokens(data, num_images=40)
+    with pytest.raises(ValueError, match=r"^data: expected images 60, as in the run in .*run, got 40 from npz:"):
+        train.main(arguments)
+    # a checkpoint of before there was a fingerprint: read, with a note, but never past the end of the run
+    (path,) = checkpoints(folder)[-1:]
+    state = torch.load(path)
+    del state["data"]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"more than the 6 steps that the run in .*, got 40, which make 4"):
+        train.main(arguments)
+    write_tokens(data)
+    capsys.readouterr()
+    assert train.main(arguments) == 0
+    assert "does not say what its data was" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
