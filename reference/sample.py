@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import math
 import pkgutil
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reference.checkpoint import load_latest, load_model
+from reference.checkpoint import load_latest, load_model, read
 from reference.codes import load_tokenizer
 from reference.model import KeyValueCache, Transformer
 
@@ -254,7 +253,7 @@ def run_settings(checkpoint: str | Path) -> dict[str, Any]:
     if path.is_dir():
         state = load_latest(path) or {}
     else:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = read(path, mmap=True)
     return state.get("train_config", {})
 
 
