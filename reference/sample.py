@@ -39,6 +39,7 @@ from reference.model import KeyValueCache, Transformer
 TILE_SIZE = 64  # pixels of a sample in the grid, at least
 TILE_GAP = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MIN_TEMPERATURE = 1e-6  # the likeliest id in all but name, and logits divided by it are still finite; see top_k=1
 WARM_UP_STEPS = 3  # before a capture: libraries set themselves up, torch.compile compiles
 
 
@@ -92,12 +93,13 @@ class Sampler:
         batch_size: images at a time.
         guidance: scale of classifier-free guidance, ``uncond + guidance · (cond − uncond)``; at 1 the unconditional
             half is not computed.
-        temperature: divides the logits.
+        temperature: divides the logits; at least 1e-6.
         top_k, top_p: as for `filter_logits`.
         compile: run the model's step through `torch.compile`.
 
     Raises:
         ValueError: an option out of range.
+        FloatingPointError: the logits are not finite, in a call.
     """
 
     def __init__(
@@ -113,8 +115,8 @@ class Sampler:
     ):
         for name, value, is_good, expected in (
             ("batch_size", batch_size, batch_size >= 1, "at least 1"),
-            ("guidance", guidance, guidance >= 0, "at least 0"),
-            ("temperature", temperature, temperature > 0, "above 0"),
+            ("guidance", guidance, 0 <= guidance < math.inf, "at least 0 and finite"),
+            ("temperature", temperature, MIN_TEMPERATURE <= temperature < math.inf, f"{MIN_TEMPERATURE} or more"),
             ("top_k", top_k, top_k is None or top_k >= 1, "None or at least 1"),
             ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
         ):
@@ -137,6 +139,7 @@ class Sampler:
         self.position = torch.zeros((), dtype=torch.int64, device=weight.device)
         self.noise = torch.ones(batch_size, config.vocab_size, device=weight.device)
         self.tokens = torch.zeros(batch_size, math.prod(config.grid), dtype=torch.int64, device=weight.device)
+        self.is_finite = torch.ones((), dtype=torch.bool, device=weight.device)  # have all logits been, in this batch
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
@@ -152,9 +155,11 @@ class Sampler:
         batches = labels.to(self.ids.device).split(self.batch_size)
         was_training = self.model.training
         self.model.eval()
-        with tqdm(total=len(batches) * self.tokens.shape[1], unit="token", disable=not progress) as bar:
-            samples = [self._sample_batch(batch, generator, bar) for batch in batches]
-        self.model.train(was_training)
+        try:
+            with tqdm(total=len(batches) * self.tokens.shape[1], unit="token", disable=not progress) as bar:
+                samples = [self._sample_batch(batch, generator, bar) for batch in batches]
+        finally:
+            self.model.train(was_training)
         return torch.cat(samples).unflatten(1, self.model.config.grid)
 
     def _sample_batch(self, labels: Tensor, generator: torch.Generator, bar: tqdm) -> Tensor:
@@ -165,6 +170,7 @@ class Sampler:
         full = F.pad(labels, (0, self.batch_size - number))  # the last batch may be short
         unconditional = torch.full_like(full, self.model.config.num_classes)
         self.position.zero_()
+        self.is_finite.fill_(True)
         self.noise.exponential_(generator=generator)
         logits = self.model.decode(
             None, full if self.guidance == 1 else torch.cat((full, unconditional)), self.position, self.cache
@@ -175,6 +181,13 @@ class Sampler:
             self.noise.exponential_(generator=generator)
             advance()
             bar.update()
+        if not self.is_finite:
+            for kept in self.cache:
+                kept.zero_()  # NaN would come through the mask, into the next batch
+            raise FloatingPointError(
+                "logits: expected finite numbers, got infinities or NaN: the model's weights are not finite, or the "
+                f"guidance of {self.guidance} or the temperature of {self.temperature} leads out of {self.noise.dtype}"
+            )
         return self.tokens[:number].clone()
 
     def _step(self) -> None:
@@ -187,7 +200,9 @@ class Sampler:
         if self.guidance != 1:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + self.guidance * (conditional - unconditional)
-        logits = filter_logits(logits / self.temperature, top_k=self.top_k, top_p=self.top_p)
+        logits = logits / self.temperature
+        self.is_finite.logical_and_(logits.isfinite().all())
+        logits = filter_logits(logits, top_k=self.top_k, top_p=self.top_p)
         self.ids.copy_(draw(logits, self.noise))
         self.tokens.index_copy_(1, self.position.view(1), self.ids.unsqueeze(1))
         self.position.add_(1)
@@ -257,6 +272,14 @@ def run_settings(checkpoint: str | Path) -> dict[str, Any]:
     return state.get("train_config", {})
 
 
+def positive(text: str) -> int:
+    """Read a number of the command line that has to be at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what sampling and scoring are both told of the model and of the drawing of tokens."""
     on_gpu = torch.cuda.is_available()
@@ -271,7 +294,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, default=1.0, help="draw from the likeliest tokens that make up this share"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time")
+    parser.add_argument("--batch-size", type=positive, default=64, help="images at a time")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="where to compute")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32", help="of the model")
 
@@ -294,7 +317,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m reference.sample", description="Sample images from a checkpoint.")
     add_model_arguments(parser)
     parser.add_argument("--classes", type=int, nargs="+", help="which to sample; all by default")
-    parser.add_argument("--per-class", type=int, default=8, help="samples of each class")
+    parser.add_argument("--per-class", type=positive, default=8, help="samples of each class")
     parser.add_argument("--compile", action="store_true", help="run the model through torch.compile")
     parser.add_argument("--out", type=Path, help="PNG file for a grid, one row per class")
     parser.add_argument("--codes", type=Path, help=".npy file for the tokens, uint16 [N, H, W], classes taking turns")

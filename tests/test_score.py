@@ -253,6 +253,10 @@ def test_commands_say_what_is_missing(checkpoint, tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit):
         run(sample, monkeypatch, "--checkpoint", checkpoint)
     assert "give --out, --codes or --adm" in capsys.readouterr().err
+    for option in ("--per-class", "--batch-size"):
+        with pytest.raises(SystemExit):
+            run(sample, monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path / "grid.png", option, 0)
+        assert f"argument {option}: expected at least 1, got 0" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="these tokens need a decoder"):
         run(sample, monkeypatch, "--checkpoint", checkpoint, "--data", "codes:DIR", "--out", tmp_path / "grid.png")
     state = torch.load(checkpoint)
