@@ -3,8 +3,10 @@
 import csv
 import doctest
 import functools
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,8 +23,9 @@ from reference.codes import load_dataset
 from reference.config import TrainConfig, parse
 from reference.model import ModelConfig, Transformer
 from reference.optimizer import AdamWConfig, FlatAdamW, OfficialAdamW
+from reference.processes import STOPPED, only_run_in
 from reference.step import StepConfig, TrainStep
-from tests.processes import environment, kill_when
+from tests.processes import environment, kill_when, started, wait_until
 
 CONFIG = ModelConfig(
     vocab_size=37, grid=(4, 4), num_classes=5, dim=24, num_layers=2, num_heads=2, token_dropout=0.0, dropout=0.0,
@@ -315,6 +318,71 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     assert torch.equal(killed["random"][0]["cpu"], whole["random"][0]["cpu"])
 
 
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(tmp_path):
+    others = ("--ema", "0.9", "--checkpoint-every", "1000")
+    run = ["reference.train", *arguments_of(tmp_path / "stopped", *others)]
+    with started(*run) as process:
+        wait_until(lambda: (tmp_path / "stopped/log.csv").exists() and len(logged(tmp_path / "stopped")) > 1, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == STOPPED == 75
+    stopped_at = load_latest(tmp_path / "stopped")["step"]
+    assert 10 <= stopped_at < 40
+    assert train.main(arguments_of(tmp_path / "stopped", *others)) == 0
+    assert train.main(arguments_of(tmp_path / "whole", *others)) == 0
+    assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
+    stopped, whole = load_latest(tmp_path / "stopped"), load_latest(tmp_path / "whole")
+    assert all(torch.equal(tensor, stopped["ema"][name]) for name, tensor in whole["ema"].items())
+
+
+def test_two_processes_stop_after_the_same_step(tmp_path):
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = [*launcher, "-m", "reference.train", *arguments_of(tmp_path, "--epochs", "5", "--checkpoint-every", "1000")]
+    with started(*run) as process:
+        wait_until(lambda: (tmp_path / "log.csv").exists() and len(logged(tmp_path)) > 1, process)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    saved = load_latest(tmp_path)
+    assert 10 <= saved["step"] < 400
+    assert saved["step"] % 5 == 0  # a report, at which all processes ask each other
+    assert len(saved["random"]) == 2
+
+
+def test_a_bad_state_is_not_saved_when_the_run_is_asked_to_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Termination, "is_asked", True, raising=False)
+    monkeypatch.setattr(train.Termination, "__init__", lambda self: setattr(self, "_before", None))
+    bad = arguments_of(tmp_path / "bad", "--lr", "1e30", "--warmup-epochs", "0")
+    run = train.Run(parse(bad), torch.device("cpu"))
+    run.trainer.sums.fill_(float("nan"))
+    with pytest.raises(SystemExit) as caught:
+        run.train()
+    assert (caught.value.code, run.step) == (75, 1)
+    assert load_latest(tmp_path / "bad") is None
+    with pytest.raises(SystemExit):
+        train.main(arguments_of(tmp_path / "good"))
+    assert load_latest(tmp_path / "good")["step"] == 1
+
+
+def test_two_runs_in_one_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("reference.processes.LOCK_SECONDS", 0.1)
+    arguments = arguments_of(tmp_path / "run", "--epochs", "0.05")
+    with only_run_in(tmp_path / "run"):
+        assert train.main(arguments) == 1
+    message = capsys.readouterr().err
+    assert "stopped: [Errno 11] output: expected a folder that no other run uses, got one in which a run is" in message
+    assert checkpoints(tmp_path / "run") == []
+    assert train.main(arguments) == 0  # the lock went with the run
+    assert train.main(arguments) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_run_on_a_full_disk_says_so(tmp_path, capsys):
+    (tmp_path / "step-00000008.partial").symlink_to("/dev/full")
+    assert train.main(arguments_of(tmp_path)) == 1
+    assert "stopped: [Errno 28] cannot be written, No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("step-*")] == []
+    assert [row[0] for row in logged(tmp_path)] == ["5", "8"]
+
+
 @pytest.mark.parametrize("accumulate", ["1", "2"])
 def test_two_processes_train_like_one(tmp_path, accumulate):
     others = ("--epochs", "0.2", *WITHOUT_DROPOUT, "--evaluate-every", "16")
@@ -355,27 +423,6 @@ def test_the_clock_counts_set_up_steps_as_long_as_later_ones(monkeypatch):
         expected_setup += train.SETUP_STEPS * setup_step
         assert clock.seconds == pytest.approx(expected)
         assert clock.setup_seconds == pytest.approx(expected_setup)
-
-
-ROW = dict.fromkeys(train.COLUMNS, 0.5) | {"step": 3, "test_nll": None}
-
-
-def test_tensorboard_gets_what_the_log_gets(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = train.Log(tmp_path, 0, tensorboard=True)
-    log.write(ROW)
-    log.close()
-    events = accumulator.EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert set(events.Tags()["scalars"]) == set(train.COLUMNS) - {"step", "test_nll"}
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5)]
-
-
-def test_tensorboard_is_named_where_it_is_missing(tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ModuleNotFoundError, match="tensorboard: expected the package, found none: pip install"):
-        train.Log(tmp_path, 0, tensorboard=True)
 
 
 def test_a_run_without_a_finite_loss_stops(tmp_path, capsys):
