@@ -263,13 +263,39 @@ def save_grid(path: str | Path, images: NDArray[np.uint8], columns: int) -> None
 
 
 def run_settings(checkpoint: str | Path) -> dict[str, Any]:
-    """Return what a checkpoint of ours, or the newest in a folder, was trained with; nothing for an official one."""
+    """Return what a checkpoint of ours, or the newest in a folder, was trained with; little for an official one.
+
+    Beside the options of the run, ``averaged`` tells whether there is a moving average of the weights, and ``step``
+    after how many steps.
+    """
     path = Path(checkpoint)
     if path.is_dir():
         state = load_latest(path) or {}
     else:
         state = read(path, mmap=True)
-    return state.get("train_config", {})
+    return {**state.get("train_config", {}), "averaged": bool(state.get("ema")), "step": state.get("step")}
+
+
+def describe_weights(settings: dict[str, Any], choice: str) -> str:
+    """Say which weights a figure is of.
+
+    >>> describe_weights({"averaged": True, "ema": 0.9999, "step": 1000}, "average")
+    'moving average of the weights, 90% of which is still the weights before training (--weights raw for the others)'
+
+    Args:
+        settings: from `run_settings`.
+        choice: ``"average"`` or ``"raw"``, as ``--weights`` was given.
+    """
+    if choice == "raw" or not settings.get("averaged"):
+        return "raw weights"
+    decay, step = settings.get("ema"), settings.get("step")
+    beginning = decay**step if decay and step is not None else 0.0
+    if beginning < 0.01:
+        return "moving average of the weights"
+    return (
+        f"moving average of the weights, {beginning:.0%} of which is still the weights before training "
+        "(--weights raw for the others)"
+    )
 
 
 def positive(text: str) -> int:
@@ -284,6 +310,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what sampling and scoring are both told of the model and of the drawing of tokens."""
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a folder for its newest")
+    parser.add_argument(
+        "--weights", choices=("average", "raw"), default="average", help="the moving average, where the run kept one"
+    )
     parser.add_argument(
         "--data", help="data set of the tokens, as reference.codes names it; that of the run by default"
     )
@@ -333,7 +362,9 @@ def main() -> None:
     """Sample, decode, write."""
     options = parse()
     settings = run_settings(options.checkpoint)
-    model = load_model(options.checkpoint).to(options.device, DTYPES[options.dtype])
+    model = load_model(options.checkpoint, ema=options.weights == "average")
+    model.to(options.device, DTYPES[options.dtype])
+    print(f"sampling from the {describe_weights(settings, options.weights)}")
     classes = options.classes or list(range(model.config.num_classes))
     labels = torch.tensor(classes * options.per_class)
     sampler = load_sampler(model, options, settings, compile=options.compile)
