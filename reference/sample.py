@@ -40,6 +40,7 @@ TILE_SIZE = 64  # pixels of a sample in the grid, at least
 TILE_GAP = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MIN_TEMPERATURE = 1e-6  # the likeliest id in all but name, and logits divided by it are still finite; see top_k=1
+TOP_P_TOLERANCE = 1e-13  # eight times 0.1 is less than 0.8 in fp64 as well
 WARM_UP_STEPS = 3  # before a capture: libraries set themselves up, torch.compile compiles
 
 
@@ -54,16 +55,19 @@ def filter_logits(logits: Tensor, *, top_k: int | None = None, top_p: float = 1.
     Args:
         logits: ``[..., V]``.
         top_k: keep the k largest (and what equals the last of them).
-        top_p: then keep the fewest ids, the likeliest first, whose probabilities sum to at least this.
+        top_p: then keep the fewest ids, the likeliest first, whose probabilities sum to at least this, give or take
+            1e-13. The sums are in fp64: in fp32, where the last of 16,384 ids have less than a sum's rounding, hundreds
+            are kept or lost by chance.
     """
     if top_k is not None:
         smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < smallest_kept, -math.inf)
     if top_p < 1:
         ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-        probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        logits = torch.empty_like(logits).scatter_(-1, ids, ordered.masked_fill(before >= top_p, -math.inf))
+        sums = ordered.double().softmax(-1).cumsum(-1)
+        before = F.pad(sums[..., :-1], (1, 0))
+        is_more = before >= top_p - TOP_P_TOLERANCE
+        logits = torch.empty_like(logits).scatter_(-1, ids, ordered.masked_fill(is_more, -math.inf))
     return logits
 
 

@@ -1,5 +1,8 @@
 """Sampling: the cache against the full forward pass, the distribution of draws, guidance, and the files written."""
 
+import bisect
+import decimal
+import itertools
 import math
 
 import numpy as np
@@ -93,6 +96,26 @@ def test_top_k_and_top_p():
     assert kept(top_k=2, top_p=0.55)[0] == [False, True, False, False]
     # what is kept is not changed
     assert torch.equal(filter_logits(logits, top_p=0.75)[0, 1:], logits[0, 1:])
+
+
+@pytest.mark.parametrize("number", range(1, 10))
+def test_top_p_of_equal_probabilities(number):
+    assert filter_logits(torch.zeros(10), top_p=number / 10).isfinite().sum() == number
+    assert filter_logits(torch.full((3, 10), -7.3), top_p=number / 10).isfinite().sum(-1).tolist() == [number] * 3
+
+
+def test_top_p_against_exact_sums():
+    """Forty digits in place of sixteen: how many ids does each share need?"""
+    for spread in (0.5, 2.0, 6.0):
+        logits = spread * torch.randn(16_384, generator=seeded())
+        with decimal.localcontext(decimal.Context(prec=40)):
+            weights = [decimal.Decimal(value).exp() for value in logits.sort(descending=True).values.tolist()]
+            sums = list(itertools.accumulate(weights))
+            for top_p in (0.1, 0.6, 0.9, 0.99, 0.9999, 0.999999):
+                expected = 1 + bisect.bisect_left(sums, decimal.Decimal(top_p) * sums[-1])
+                kept = filter_logits(logits, top_p=top_p).isfinite()
+                assert kept.sum() == expected
+                assert torch.equal(logits[kept].sort().values, logits.topk(expected).values.flip(0))
 
 
 def test_seeds_and_batches():
