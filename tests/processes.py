@@ -16,10 +16,11 @@ def environment():
 
 
 @contextmanager
-def started(*arguments):
+def started(*arguments, start_new_session=False):
     """Run ``python -m arguments`` in a process of its own, which never outlives the test."""
     command = [sys.executable, "-m", *arguments]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=environment(), start_new_session=start_new_session, **quiet)
     try:
         yield process
     finally:

@@ -3,6 +3,7 @@
 import csv
 import doctest
 import functools
+import os
 import signal
 import subprocess
 import sys
@@ -332,6 +333,39 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(tmp_path):
     assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
     stopped, whole = load_latest(tmp_path / "stopped"), load_latest(tmp_path / "whole")
     assert all(torch.equal(tensor, stopped["ema"][name]) for name, tensor in whole["ema"].items())
+
+
+def write_codes(directory):
+    generator = np.random.default_rng(0)
+    for kind, values in (
+        ("codes", generator.integers(0, 16_384, (100, 1, 1, 16))),
+        ("labels", np.arange(100)[:, None]),
+    ):
+        (directory / f"imagenet256_{kind}").mkdir(parents=True)
+        for image, value in enumerate(values):
+            np.save(directory / f"imagenet256_{kind}" / f"{image}.npy", value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_whose_reading_processes_are_signalled_too(tmp_path, number):
+    """A scheduler signals every process of a job; a killed run's readers may keep its lock for a while."""
+    write_codes(tmp_path / "data")
+    folder = tmp_path / "run"
+    arguments = arguments_of(folder, "--data", f"codes:{tmp_path}/data", "--workers", "1", "--epochs", "10")
+    with started("reference.train", *arguments, start_new_session=True) as process:
+        wait_until(lambda: checkpoints(folder), process)
+        if number == signal.SIGTERM:
+            os.killpg(process.pid, number)
+            assert process.wait(60) == STOPPED
+        else:
+            process.send_signal(number)
+            assert process.wait(60) == -number
+    saved = load_latest(folder)["step"]
+    assert 8 <= saved < 40
+    command = [sys.executable, "-m", "reference.train", *arguments]
+    resumed = subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=120, text=True)
+    assert f"training from step {saved} of 40 steps" in resumed.stdout
+    assert load_latest(folder)["step"] == 40
 
 
 def test_two_processes_stop_after_the_same_step(tmp_path):
