@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,17 @@ def read_array(path: Path) -> NDArray:
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path}: expected an array in NumPy's .npy format, got a {type(array).__name__}")
     return array
+
+
+def read_arrays(path: Path, names: Collection[str]) -> dict[str, NDArray]:
+    """Read those arrays of an ``.npz`` file that it has; the errors are those of `read_array`."""
+    try:
+        with path.open("rb") as file, np.load(file) as archive:
+            return {name: archive[name] for name in names if name in archive.files}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing") from error
+    except Exception as error:  # as above
+        raise ValueError(f"{path}: expected a whole .npz file, it cannot be read: {error}") from error
 
 
 def read_codes(path: Path, shape: tuple[int, ...]) -> NDArray:

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from reference.code_files import CodeDirectory, image_numbers, whole_numbers
+from reference.code_files import CodeDirectory, image_numbers, read_arrays, whole_numbers
 from reference.token_dataset import ArrayDataset, TokenDataset
 from reference.tokenizer import (
     BLOCK,
@@ -92,8 +93,8 @@ def load_tokenizer(spec: str) -> Tokenizer | None:
     if kind in ("embedded", "fashion_mnist"):
         return Tokenizer(load_tokens().centroids)
     if kind in ("npz", "npz_mirrored"):
-        with np.load(where) as data:
-            return Tokenizer(data["centroids"]) if "centroids" in data.files else None
+        data = read_arrays(Path(where), ["centroids"])
+        return Tokenizer(data["centroids"]) if "centroids" in data else None
     return None
 
 
@@ -168,26 +169,20 @@ def _codes(places: str, split: str, seed: int) -> CodeDirectory:
 
 
 def _npz(path: Path, split: str, seed: int, *, mirrored: bool) -> ArrayDataset:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing")
-    with np.load(path) as data:
-        needed = {"train", "test", "train_labels", "test_labels"} | ({"centroids"} if mirrored else set())
-        if missing := needed - set(data.files):
-            raise ValueError(f"{path}: expected the arrays {sorted(needed)}, {sorted(missing)} missing")
-        tokens = {name: data[name] for name in SPLITS}
-        labels = {name: data[f"{name}_labels"] for name in SPLITS}
-        vocab_size = (
-            len(data["centroids"])
-            if "centroids" in data.files
-            else max(int(a.max(initial=0)) for a in tokens.values()) + 1
-        )
-        num_classes = max(int(array.max(initial=0)) for array in labels.values()) + 1
-        for name in SPLITS:
-            whole_numbers(f"{path}, {name}", tokens[name], vocab_size)
-            whole_numbers(f"{path}, {name}_labels", labels[name], num_classes)
-        variants = [tokens[split]]
-        if mirrored and split == "train":
-            variants.append(_mirror(tokens[split], Tokenizer(data["centroids"])))
+    needed = {"train", "test", "train_labels", "test_labels"} | ({"centroids"} if mirrored else set())
+    data = read_arrays(path, needed | {"centroids"})
+    if missing := needed - set(data):
+        raise ValueError(f"{path}: expected the arrays {sorted(needed)}, {sorted(missing)} missing")
+    tokens = {name: data[name] for name in SPLITS}
+    labels = {name: data[f"{name}_labels"] for name in SPLITS}
+    vocab_size = _end_of(tokens.values()) if "centroids" not in data else len(data["centroids"])
+    num_classes = _end_of(labels.values())
+    for name in SPLITS:
+        whole_numbers(f"{path}, {name}", tokens[name], vocab_size)
+        whole_numbers(f"{path}, {name}_labels", labels[name], num_classes)
+    variants = [tokens[split]]
+    if mirrored and split == "train":
+        variants.append(_mirror(tokens[split], Tokenizer(data["centroids"])))
     return ArrayDataset(
         np.stack(variants, axis=1),
         labels[split],
@@ -195,6 +190,11 @@ def _npz(path: Path, split: str, seed: int, *, mirrored: bool) -> ArrayDataset:
         num_classes=num_classes,
         seed=seed,
     )
+
+
+def _end_of(arrays: Iterable[NDArray]) -> int:
+    """Return the number after the largest of all ids or labels, where a file does not say how many there are."""
+    return max(int(np.nan_to_num(array.max(initial=0))) for array in arrays) + 1
 
 
 def _mirror(tokens: NDArray, tokenizer: Tokenizer) -> NDArray[np.uint16]:

@@ -220,6 +220,24 @@ def test_bad_ids_of_an_npz_are_named(tmp_path, name, content, message):
         load_dataset(f"npz:{tmp_path}/tokens.npz", "train")
 
 
+@pytest.mark.parametrize("damage", ["empty", "half", "flipped", "npy"])
+def test_a_damaged_npz_is_named(tmp_path, damage):
+    path = tmp_path / "tokens.npz"
+    arrays = write_npz(path)
+    whole = path.read_bytes()
+    place = whole.index(arrays["train"].tobytes()) + 9
+    flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    path.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "flipped": flipped}.get(damage, b""))
+    if damage == "npy":
+        with path.open("wb") as file:
+            np.save(file, arrays["train"])
+    with pytest.raises(ValueError, match=r"tokens\.npz: expected a whole \.npz file, it cannot be read"):
+        load_dataset(f"npz:{path}", "train")
+    if damage != "flipped":  # the images, which the tokenizer does not read
+        with pytest.raises(ValueError, match=r"tokens\.npz: expected a whole \.npz file, it cannot be read"):
+            load_tokenizer(f"npz:{path}")
+
+
 def test_npz(tmp_path):
     path = tmp_path / "tokens.npz"
     arrays = write_npz(path)
