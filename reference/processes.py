@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from filelock import FileLock, Timeout
 STOPPED = 75
 # A killed run's reading processes keep its lock until they notice, which PyTorch lets them do every five seconds.
 LOCK_SECONDS = 15
+
+# What file systems without locks answer, as some that many machines share are set up.
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 
 
 @contextmanager
@@ -59,6 +63,12 @@ def only_run_in(folder: Path) -> Iterator[None]:
     except Timeout as error:
         text = "output: expected a folder that no other run uses, got one in which a run is going on"
         raise BlockingIOError(errno.EAGAIN, text, str(folder)) from error
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        print(f"{folder}: its file system has no locks; nothing keeps a second run out", file=sys.stderr)
+        yield
+        return
     try:
         yield
     finally:

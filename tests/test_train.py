@@ -2,6 +2,7 @@
 
 import csv
 import doctest
+import errno
 import functools
 import os
 import signal
@@ -406,6 +407,16 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch, capsys):
     assert checkpoints(tmp_path / "run") == []
     assert train.main(arguments) == 0  # the lock went with the run
     assert train.main(arguments) == 0
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, error):
+    monkeypatch.setattr("filelock.FileLock.acquire", lambda lock, **options: (_ for _ in ()).throw(error))
+    with only_run_in(tmp_path):
+        assert "its file system has no locks" in capsys.readouterr().err
+    monkeypatch.setattr("filelock.FileLock.acquire", lambda lock, **options: (_ for _ in ()).throw(PermissionError))
+    with pytest.raises(PermissionError), only_run_in(tmp_path):
+        pass
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
