@@ -26,6 +26,13 @@ LOCK_SECONDS = 15
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 
 
+class Stopped(SystemExit):
+    """The run was asked to stop, and has saved; where nobody catches it, the process ends with `STOPPED`."""
+
+    def __init__(self) -> None:
+        super().__init__(STOPPED)
+
+
 @contextmanager
 def process_group() -> Iterator[torch.device]:
     """Join the other processes where torchrun started this one; yield the device of this process."""

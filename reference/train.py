@@ -42,7 +42,7 @@ from reference.codes import ArrayDataset, TokenDataset, load_dataset
 from reference.config import FREE_TO_CHANGE, TrainConfig, parse
 from reference.log import COLUMNS, Log
 from reference.model import Transformer
-from reference.processes import STOPPED, Termination, leave_stopping_to_the_run, only_run_in, process_group
+from reference.processes import STOPPED, Stopped, Termination, leave_stopping_to_the_run, only_run_in, process_group
 from reference.step import SETUP_STEPS, Progress, TrainStep
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
@@ -167,7 +167,7 @@ class Run:
 
         Raises:
             FloatingPointError: the loss or the gradient is no longer finite.
-            SystemExit: the process was asked to stop, and has saved.
+            Stopped: the process was asked to stop, and has saved.
         """
         log = closing(Log(self.folder, self.step, self.config.tensorboard)) if self.rank == 0 else nullcontext()
         bar = tqdm(
@@ -232,7 +232,7 @@ class Run:
             self.clock.stop()
             self._save(log)
         print(f"{self.folder}: asked to stop, at step {self.step}; the same command goes on", file=sys.stderr)
-        raise SystemExit(STOPPED)
+        raise Stopped
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -372,6 +372,8 @@ def train(config: TrainConfig, device: torch.device) -> int:
                 )
                 print(f"tokens of plain training, in stages {run.schedule.boundaries}", flush=True)
             run.train()
+    except Stopped:
+        return STOPPED  # in place of an exception that holds the run
     except (FloatingPointError, BlockingIOError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
