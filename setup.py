@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 bench = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "tqdm>=4.66"]
-train = ["tqdm>=4.66", "matplotlib>=3.8", "pillow>=10", "scikit-learn>=1.4"]
+train = ["filelock>=3.13", "tqdm>=4.66", "matplotlib>=3.8", "pillow>=10", "scikit-learn>=1.4"]
 
 setup(
     name="npp_kernels",

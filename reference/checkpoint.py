@@ -1,11 +1,13 @@
 """Checkpoints that survive being killed at any moment, and models read from them or from the official ones.
 
 A checkpoint is written beside its name, forced to disk, and renamed: under its name there is never half of one. The
-last two are kept, and reading falls back to the older where the newer is damaged.
+last two are kept, and reading falls back to the older where the newer is damaged: the checksums of the archive's parts,
+which PyTorch writes and does not look at, are compared with what is read.
 
     step-00001000.pt    model, ema, exp_avg, exp_avg_sq    fp32, by the official names
                         counters, sums, step, seconds, …   where the run is
                         random                             state of the random generators, for each process
+                        data                               what the images were, as `TokenDataset.fingerprint` says
                         model_config, train_config         as plain dictionaries
 """
 
@@ -15,8 +17,11 @@ import json
 import os
 import re
 import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -45,12 +50,8 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{state['step']:08d}.pt"
-    partial = path.with_suffix(".partial")  # one name for each step, so a killed attempt is written over
-    with partial.open("wb") as file:
+    with written_whole(path) as file:  # one partial name for each step, so a killed attempt is written over
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
     _sync_folder(folder)
     for old in checkpoints(folder)[:-KEPT]:
         old.unlink()
@@ -62,9 +63,63 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file of results, which is whole at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that appears under its name once all of it is on disk, and not at all where that fails.
+
+    Raises:
+        OSError: the disk is full, or does not take it for another reason; what was written of it is removed.
+    """
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        # PyTorch's writer ends in an error of its own, "unexpected pos", which hides the one that it came from.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise OSError(
+            cause.errno, f"cannot be written, {cause.strerror}; what was there is unchanged", str(path)
+        ) from error
+
+
+def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint, ours or another, on the CPU.
+
+    Args:
+        path: the file.
+        mmap: map its tensors in place of reading them; they are then not compared with their checksums.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is damaged, or no checkpoint.
+    """
+    try:
+        is_archive = zipfile.is_zipfile(path)  # files of long ago are none, and have no checksums
+        if is_archive and not mmap:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"its part {damaged} is not what was written, by its checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_archive)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file raises whatever its first wrong byte leads to
+        raise ValueError(f"{path}: expected a whole checkpoint, it cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: expected a checkpoint, which is a dictionary, got a {type(state).__name__}")
+    return state
 
 
 def load_latest(folder: Path) -> dict[str, Any] | None:
@@ -76,9 +131,9 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
     found = checkpoints(folder)
     for path in reversed(found):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: PERF203 - a damaged file raises whatever its first wrong byte leads to
-            print(f"{path} cannot be read, trying the one before: {error}", file=sys.stderr)
+            return read(path)
+        except ValueError as error:  # noqa: PERF203 - at most a few files
+            print(f"{error}\n{path} cannot be read, trying the one before", file=sys.stderr)
     if found:
         raise RuntimeError(f"{folder}: none of its {len(found)} checkpoints can be read")
     return None
@@ -99,7 +154,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
-        ValueError: what is there is not a checkpoint of this architecture.
+        ValueError: what is there is damaged, not a checkpoint of this architecture, or has weights that are not finite.
     """
     path = Path(path)
     if path.is_dir():
@@ -107,17 +162,27 @@ def load_model(
         if state is None:
             raise FileNotFoundError(f"{path}: expected checkpoints named step-*.pt, found none")
     else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read(path)
     parts = ("ema", "model", "state_dict") if ema else ("model", "state_dict")
     weights = next((state[part] for part in parts if state.get(part)), state)
+    try:
+        model = Transformer(_config_of(state, weights, grid), fast=fast)
+        model.load_state_dict(weights)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a checkpoint of this architecture: {error}") from error
+    if strange := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+        raise ValueError(f"{path}: expected finite weights, got infinities or NaN in {strange[0]}")
+    return model.eval()
+
+
+def _config_of(state: dict[str, Any], weights: Any, grid: tuple[int, int]) -> ModelConfig:
+    """Return the dimensions of a checkpoint's model, which ours says and an official one does not."""
+    if not isinstance(weights, dict):
+        raise ValueError(f"weights: expected a dictionary of tensors, got a {type(weights).__name__}")
     if "model_config" in state:
         fields = state["model_config"]
-        config = ModelConfig(**{**fields, "grid": tuple(fields["grid"])})
-    else:
-        config = config_of_weights(weights, grid)
-    model = Transformer(config, fast=fast)
-    model.load_state_dict(weights)
-    return model.eval()
+        return ModelConfig(**{**fields, "grid": tuple(fields["grid"])})
+    return config_of_weights(weights, grid)
 
 
 def config_of_weights(weights: dict[str, torch.Tensor], grid: tuple[int, int]) -> ModelConfig:

@@ -19,7 +19,6 @@ where it was stopped, or killed, and trains nothing twice; ``--report`` makes re
 
 from __future__ import annotations
 
-import csv
 import gc
 import importlib.metadata
 import itertools
@@ -34,9 +33,11 @@ import torch
 from npp_kernels import PatchSchedule
 from reference.codes import load_dataset
 from reference.config import TrainConfig, options_parser, read_options, require_data
+from reference.log import read_log
 from reference.model import ModelConfig
 from reference.outcomes import Outcome, Results, plot, read_results, report
-from reference.train import Run, process_group
+from reference.processes import only_run_in, process_group
+from reference.train import Run
 
 EVALUATIONS = 12  # points of the curve of full plain training
 
@@ -160,11 +161,11 @@ def compare(
 
 def train(way: Way, config: TrainConfig, device: torch.device, cost: float) -> Outcome:
     """Train one way with one seed, or what is left of it."""
-    run = Run(config, device)
-    assert run.test_data is not None
-    run.train()
-    with (run.folder / "log.csv").open(newline="") as file:
-        log = list(csv.DictReader(file))
+    with only_run_in(Path(config.output)):
+        run = Run(config, device)
+        assert run.test_data is not None
+        run.train()
+        log = read_log(run.folder / "log.csv")
     ends = [0.0] + [
         next(float(row["train_seconds"]) for row in log if int(row["step"]) == stage.end)
         for stage in run.schedule.stages

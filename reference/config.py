@@ -45,7 +45,7 @@ class TrainConfig:
     drop_path: float = option(0.0, "stochastic depth of the last layer; dropout in the layers is then off")
     class_dropout: float = option(0.1, "of the class, for classifier-free guidance")
     guidance: float = option(2.0, "scale of classifier-free guidance, for sampling from the checkpoint")
-    ema: float = option(0.0, "decay of the moving average of the weights; 0 for none")
+    ema: float = option(0.0, "decay of the moving average of the weights; 0 for none. The log is of the raw weights")
     precision: str = option("auto", "auto is bf16 on a GPU and fp32 elsewhere", ("auto", "bf16", "autocast", "fp32"))
     compile: str = option("auto", "compile the layers; auto does on a GPU", ("auto", "on", "off"))
     graph: bool = option(True, "one CUDA graph for each stage; off under torchrun")

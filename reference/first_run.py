@@ -28,8 +28,8 @@ from reference.claim import Way, compare
 from reference.codes import load_tokenizer
 from reference.config import PRESETS, TrainConfig
 from reference.outcomes import Outcome, plot, table
+from reference.processes import process_group
 from reference.sample import Sampler, save_grid
-from reference.train import process_group
 
 SAMPLES_PER_CLASS = 8
 

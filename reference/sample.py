@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import math
 import pkgutil
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,13 +32,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reference.checkpoint import load_latest, load_model
+from reference.checkpoint import load_latest, load_model, read
 from reference.codes import load_tokenizer
 from reference.model import KeyValueCache, Transformer
 
 TILE_SIZE = 64  # pixels of a sample in the grid, at least
 TILE_GAP = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MIN_TEMPERATURE = 1e-6  # the likeliest id in all but name, and logits divided by it are still finite; see top_k=1
+TOP_P_TOLERANCE = 1e-13  # eight times 0.1 is less than 0.8 in fp64 as well
 WARM_UP_STEPS = 3  # before a capture: libraries set themselves up, torch.compile compiles
 
 
@@ -54,16 +55,19 @@ def filter_logits(logits: Tensor, *, top_k: int | None = None, top_p: float = 1.
     Args:
         logits: ``[..., V]``.
         top_k: keep the k largest (and what equals the last of them).
-        top_p: then keep the fewest ids, the likeliest first, whose probabilities sum to at least this.
+        top_p: then keep the fewest ids, the likeliest first, whose probabilities sum to at least this, give or take
+            1e-13. The sums are in fp64: in fp32, where the last of 16,384 ids have less than a sum's rounding, hundreds
+            are kept or lost by chance.
     """
     if top_k is not None:
         smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < smallest_kept, -math.inf)
     if top_p < 1:
         ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-        probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        logits = torch.empty_like(logits).scatter_(-1, ids, ordered.masked_fill(before >= top_p, -math.inf))
+        sums = ordered.double().softmax(-1).cumsum(-1)
+        before = F.pad(sums[..., :-1], (1, 0))
+        is_more = before >= top_p - TOP_P_TOLERANCE
+        logits = torch.empty_like(logits).scatter_(-1, ids, ordered.masked_fill(is_more, -math.inf))
     return logits
 
 
@@ -93,12 +97,13 @@ class Sampler:
         batch_size: images at a time.
         guidance: scale of classifier-free guidance, ``uncond + guidance · (cond − uncond)``; at 1 the unconditional
             half is not computed.
-        temperature: divides the logits.
+        temperature: divides the logits; at least 1e-6.
         top_k, top_p: as for `filter_logits`.
         compile: run the model's step through `torch.compile`.
 
     Raises:
         ValueError: an option out of range.
+        FloatingPointError: the logits are not finite, in a call.
     """
 
     def __init__(
@@ -114,8 +119,8 @@ class Sampler:
     ):
         for name, value, is_good, expected in (
             ("batch_size", batch_size, batch_size >= 1, "at least 1"),
-            ("guidance", guidance, guidance >= 0, "at least 0"),
-            ("temperature", temperature, temperature > 0, "above 0"),
+            ("guidance", guidance, 0 <= guidance < math.inf, "at least 0 and finite"),
+            ("temperature", temperature, MIN_TEMPERATURE <= temperature < math.inf, f"{MIN_TEMPERATURE} or more"),
             ("top_k", top_k, top_k is None or top_k >= 1, "None or at least 1"),
             ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
         ):
@@ -138,6 +143,7 @@ class Sampler:
         self.position = torch.zeros((), dtype=torch.int64, device=weight.device)
         self.noise = torch.ones(batch_size, config.vocab_size, device=weight.device)
         self.tokens = torch.zeros(batch_size, math.prod(config.grid), dtype=torch.int64, device=weight.device)
+        self.is_finite = torch.ones((), dtype=torch.bool, device=weight.device)  # have all logits been, in this batch
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
@@ -153,9 +159,11 @@ class Sampler:
         batches = labels.to(self.ids.device).split(self.batch_size)
         was_training = self.model.training
         self.model.eval()
-        with tqdm(total=len(batches) * self.tokens.shape[1], unit="token", disable=not progress) as bar:
-            samples = [self._sample_batch(batch, generator, bar) for batch in batches]
-        self.model.train(was_training)
+        try:
+            with tqdm(total=len(batches) * self.tokens.shape[1], unit="token", disable=not progress) as bar:
+                samples = [self._sample_batch(batch, generator, bar) for batch in batches]
+        finally:
+            self.model.train(was_training)
         return torch.cat(samples).unflatten(1, self.model.config.grid)
 
     def _sample_batch(self, labels: Tensor, generator: torch.Generator, bar: tqdm) -> Tensor:
@@ -166,6 +174,7 @@ class Sampler:
         full = F.pad(labels, (0, self.batch_size - number))  # the last batch may be short
         unconditional = torch.full_like(full, self.model.config.num_classes)
         self.position.zero_()
+        self.is_finite.fill_(True)
         self.noise.exponential_(generator=generator)
         logits = self.model.decode(
             None, full if self.guidance == 1 else torch.cat((full, unconditional)), self.position, self.cache
@@ -176,6 +185,13 @@ class Sampler:
             self.noise.exponential_(generator=generator)
             advance()
             bar.update()
+        if not self.is_finite:
+            for kept in self.cache:
+                kept.zero_()  # NaN would come through the mask, into the next batch
+            raise FloatingPointError(
+                "logits: expected finite numbers, got infinities or NaN: the model's weights are not finite, or the "
+                f"guidance of {self.guidance} or the temperature of {self.temperature} leads out of {self.noise.dtype}"
+            )
         return self.tokens[:number].clone()
 
     def _step(self) -> None:
@@ -188,7 +204,9 @@ class Sampler:
         if self.guidance != 1:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + self.guidance * (conditional - unconditional)
-        logits = filter_logits(logits / self.temperature, top_k=self.top_k, top_p=self.top_p)
+        logits = logits / self.temperature
+        self.is_finite.logical_and_(logits.isfinite().all())
+        logits = filter_logits(logits, top_k=self.top_k, top_p=self.top_p)
         self.ids.copy_(draw(logits, self.noise))
         self.tokens.index_copy_(1, self.position.view(1), self.ids.unsqueeze(1))
         self.position.add_(1)
@@ -249,19 +267,56 @@ def save_grid(path: str | Path, images: NDArray[np.uint8], columns: int) -> None
 
 
 def run_settings(checkpoint: str | Path) -> dict[str, Any]:
-    """Return what a checkpoint of ours, or the newest in a folder, was trained with; nothing for an official one."""
+    """Return what a checkpoint of ours, or the newest in a folder, was trained with; little for an official one.
+
+    Beside the options of the run, ``averaged`` tells whether there is a moving average of the weights, and ``step``
+    after how many steps.
+    """
     path = Path(checkpoint)
     if path.is_dir():
         state = load_latest(path) or {}
     else:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    return state.get("train_config", {})
+        state = read(path, mmap=True)
+    return {**state.get("train_config", {}), "averaged": bool(state.get("ema")), "step": state.get("step")}
+
+
+def describe_weights(settings: dict[str, Any], choice: str) -> str:
+    """Say which weights a figure is of.
+
+    >>> describe_weights({"averaged": True, "ema": 0.9999, "step": 1000}, "average")
+    'moving average of the weights, 90% of which is still the weights before training (--weights raw for the others)'
+
+    Args:
+        settings: from `run_settings`.
+        choice: ``"average"`` or ``"raw"``, as ``--weights`` was given.
+    """
+    if choice == "raw" or not settings.get("averaged"):
+        return "raw weights"
+    decay, step = settings.get("ema"), settings.get("step")
+    beginning = decay**step if decay and step is not None else 0.0
+    if beginning < 0.01:
+        return "moving average of the weights"
+    return (
+        f"moving average of the weights, {beginning:.0%} of which is still the weights before training "
+        "(--weights raw for the others)"
+    )
+
+
+def positive(text: str) -> int:
+    """Read a number of the command line that has to be at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what sampling and scoring are both told of the model and of the drawing of tokens."""
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a folder for its newest")
+    parser.add_argument(
+        "--weights", choices=("average", "raw"), default="average", help="the moving average, where the run kept one"
+    )
     parser.add_argument(
         "--data", help="data set of the tokens, as reference.codes names it; that of the run by default"
     )
@@ -272,7 +327,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, default=1.0, help="draw from the likeliest tokens that make up this share"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time")
+    parser.add_argument("--batch-size", type=positive, default=64, help="images at a time")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="where to compute")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32", help="of the model")
 
@@ -295,7 +350,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m reference.sample", description="Sample images from a checkpoint.")
     add_model_arguments(parser)
     parser.add_argument("--classes", type=int, nargs="+", help="which to sample; all by default")
-    parser.add_argument("--per-class", type=int, default=8, help="samples of each class")
+    parser.add_argument("--per-class", type=positive, default=8, help="samples of each class")
     parser.add_argument("--compile", action="store_true", help="run the model through torch.compile")
     parser.add_argument("--out", type=Path, help="PNG file for a grid, one row per class")
     parser.add_argument("--codes", type=Path, help=".npy file for the tokens, uint16 [N, H, W], classes taking turns")
@@ -311,7 +366,9 @@ def main() -> None:
     """Sample, decode, write."""
     options = parse()
     settings = run_settings(options.checkpoint)
-    model = load_model(options.checkpoint).to(options.device, DTYPES[options.dtype])
+    model = load_model(options.checkpoint, ema=options.weights == "average")
+    model.to(options.device, DTYPES[options.dtype])
+    print(f"sampling from the {describe_weights(settings, options.weights)}")
     classes = options.classes or list(range(model.config.num_classes))
     labels = torch.tensor(classes * options.per_class)
     sampler = load_sampler(model, options, settings, compile=options.compile)

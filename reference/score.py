@@ -33,7 +33,7 @@ from npp_kernels import group_tokens
 from reference.checkpoint import load_model
 from reference.codes import TokenDataset, load_dataset, load_tokenizer
 from reference.model import Transformer
-from reference.sample import DTYPES, Sampler, add_model_arguments, load_sampler, run_settings
+from reference.sample import DTYPES, Sampler, add_model_arguments, describe_weights, load_sampler, run_settings
 from reference.tokenizer import Tokenizer
 
 FEATURE_SIZE = 224  # pixels of EfficientNet-Lite0's input
@@ -245,13 +245,14 @@ def main() -> None:
     if not spec:
         raise SystemExit("--data is needed: the checkpoint does not say what it was trained on")
     data, tokenizer = load_dataset(spec, "test"), load_tokenizer(spec)
-    model = load_model(options.checkpoint).to(options.device)
+    model = load_model(options.checkpoint, ema=options.weights == "average").to(options.device)
     dtype = DTYPES[options.dtype]
     likelihood = held_out_likelihood(model, data, batch_size=options.batch_size, dtype=dtype, progress=True)
     print(
         f"{likelihood.num_images} held-out images, {options.dtype}: {likelihood.nats_per_token:.4f} nats per token, "
         f"{likelihood.bits_per_token:.4f} bits per token, "
-        f"{likelihood.bits_per_image:.1f} ± {likelihood.standard_error:.1f} bits per image"
+        f"{likelihood.bits_per_image:.1f} ± {likelihood.standard_error:.1f} bits per image; "
+        f"{describe_weights(settings, options.weights)}"
     )
     if not options.samples:
         return

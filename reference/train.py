@@ -7,6 +7,10 @@
 The same command again continues a run that was stopped, or killed, from its last checkpoint. ``--levels 1`` is plain
 next-token training, ``--official`` the official code's formulation and optimizer; ``--help`` lists all options.
 
+Exit status: 0 when the run is complete; 1 when it cannot go on (the loss is not finite, the disk is full, another run
+uses its folder); 75 when it was asked to stop by SIGTERM, as schedulers do before they take a machine back: it finishes
+its step (under torchrun, the steps up to the next report), saves a checkpoint, and the same command goes on from there.
+
 Under torchrun every process holds the whole model and trains on its part of each batch; `DistributedDataParallel`
 averages the gradients, 0.2 to 2.8 GB in bf16 at the four sizes of the paper, beside the backward. (A model that one GPU
 cannot hold would need FSDP.)
@@ -14,14 +18,13 @@ cannot hold would need FSDP.)
 
 from __future__ import annotations
 
-import csv
+import errno
 import functools
 import math
-import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,13 +40,12 @@ from npp_kernels import PatchSchedule, Stage
 from reference import checkpoint
 from reference.codes import ArrayDataset, TokenDataset, load_dataset
 from reference.config import FREE_TO_CHANGE, TrainConfig, parse
+from reference.log import COLUMNS, Log
 from reference.model import Transformer
+from reference.processes import STOPPED, Stopped, Termination, leave_stopping_to_the_run, only_run_in, process_group
 from reference.step import SETUP_STEPS, Progress, TrainStep
 
-COLUMNS = (
-    "step", "epoch", "stage", "patch", "lr", "loss", "gradient_norm", "images_per_second", "train_seconds",
-    "setup_seconds", "test_nll", "test_nll_error",
-)  # fmt: skip
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 # Logits of an evaluation's batch: what a CPU's caches do not suffer from, and what keeps a GPU busy (512 MB in fp32).
 EVALUATED_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
@@ -80,47 +82,6 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
 def _order_of_epoch(seed: int, epoch: int, num_images: int) -> np.ndarray:
     # The third number keeps the order apart from other draws of the same seed and epoch, such as the augmentation's.
     return np.random.default_rng((seed, epoch, 1)).permutation(num_images)
-
-
-class Log:
-    """The log of a run as ``log.csv``, and as TensorBoard events where they are asked for."""
-
-    def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
-        self._events: Any = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ModuleNotFoundError as error:
-                raise ModuleNotFoundError(
-                    "tensorboard: expected the package, found none: pip install tensorboard"
-                ) from error
-            self._events = SummaryWriter(str(folder), purge_step=first_step + 1)
-        path = folder / "log.csv"
-        # Lines after the checkpoint that the run goes on from will be computed, and written, again.
-        kept = []
-        if path.exists():
-            with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
-        self._file = path.open("w", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._writer.writeheader()
-        self._writer.writerows(kept)
-        self._file.flush()
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Write one line."""
-        self._writer.writerow(row)
-        self._file.flush()
-        if self._events is not None:
-            for name in COLUMNS[1:]:
-                if row[name] is not None:
-                    self._events.add_scalar(name, row[name], row["step"])
-
-    def close(self) -> None:
-        """Close the files."""
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
 
 
 class Clock:
@@ -179,6 +140,7 @@ class Run:
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         dataset = load_dataset(config.data, "train", seed=config.seed)
         self.test_data = load_dataset(config.data, "test") if config.evaluate_every else None
+        self.fingerprint = dataset.fingerprint()
         self.batches = Batches(dataset, config.batch_size, config.seed, self.rank, self.processes)
         self.schedule: PatchSchedule = config.schedule(self.batches.steps_per_epoch)
 
@@ -205,6 +167,7 @@ class Run:
 
         Raises:
             FloatingPointError: the loss or the gradient is no longer finite.
+            Stopped: the process was asked to stop, and has saved.
         """
         log = closing(Log(self.folder, self.step, self.config.tensorboard)) if self.rank == 0 else nullcontext()
         bar = tqdm(
@@ -215,10 +178,10 @@ class Run:
             disable=self.rank != 0,
         )
         self.model.train()
-        with log as open_log, bar:
-            self._train(open_log, bar)
+        with log as open_log, bar, Termination() as termination:
+            self._train(open_log, bar, termination)
 
-    def _train(self, log: Log | None, bar: tqdm) -> None:
+    def _train(self, log: Log | None, bar: tqdm, termination: Termination) -> None:
         loader = DataLoader(
             self.batches,
             batch_size=None,  # an item is a batch already
@@ -226,6 +189,7 @@ class Run:
             # Rows of an array are there sooner than another process could send them.
             num_workers=0 if isinstance(self.batches.dataset, ArrayDataset) else self.config.workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=leave_stopping_to_the_run,
             generator=torch.Generator(),  # or the loader would draw from the random state that a checkpoint restored
         )
         self.clock.start()
@@ -236,21 +200,39 @@ class Run:
             self.clock.count(new_stage=self.step == stage.start)
             self.step += 1
             bar.update()
-            if not self._reports_now(stage):
-                continue
+            reports = self._reports_now(stage)
+            if reports:
+                self._report(stage, lr, log, bar)
+            if self.step < self.schedule.total_steps and self._has_to_stop(termination, reports):
+                self._stop(log)
 
-            progress = self.trainer.report()
-            speed = self.clock.stop() * self.config.batch_size
-            self._check(progress, stage, lr)
-            # One process evaluates; the others wait for it in the next step's sum of gradients.
-            score = self._evaluate() if self._evaluates_now() and self.rank == 0 else (None, None)
-            if log is not None:
-                log.write(self._row(stage, lr, progress, speed, score))
-            bar.set_description(f"patch {stage.patch} ({stage.index + 1}/{len(self.schedule.stages)})")
-            bar.set_postfix_str(f"loss {progress.loss:.3f}, {speed:.0f} images/s, {self._time_left(stage, speed)} left")
-            if self._is_due(self.config.checkpoint_every) or self.step == stage.end:
-                self._save()
-            self.clock.start()
+    def _report(self, stage: Stage, lr: float, log: Log | None, bar: tqdm) -> None:
+        """Look at the steps since the last report, write them down, and save where that is due."""
+        progress = self.trainer.report()
+        speed = self.clock.stop() * self.config.batch_size
+        self._check(progress, stage, lr)
+        # One process evaluates; the others wait for it in the next step's sum of gradients.
+        score = self._evaluate() if self._evaluates_now() and self.rank == 0 else (None, None, None)
+        if log is not None:
+            log.write(self._row(stage, lr, progress, speed, score))
+        bar.set_description(f"patch {stage.patch} ({stage.index + 1}/{len(self.schedule.stages)})")
+        bar.set_postfix_str(f"loss {progress.loss:.3f}, {speed:.0f} images/s, {self._time_left(stage, speed)} left")
+        if self._saves_now(stage):
+            self._save(log)
+        self.clock.start()
+
+    def _has_to_stop(self, termination: Termination, reports: bool) -> bool:
+        if self.processes == 1:
+            return termination.is_asked
+        return reports and termination.is_asked_anywhere(self.device)  # all have to save after the same step
+
+    def _stop(self, log: Log | None) -> None:
+        """Save, and end the process."""
+        if bool(self.trainer.sums.isfinite().all()):  # or the checkpoint before is worth more
+            self.clock.stop()
+            self._save(log)
+        print(f"{self.folder}: asked to stop, at step {self.step}; the same command goes on", file=sys.stderr)
+        raise Stopped
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -264,6 +246,9 @@ class Run:
         every = (config.log_every, config.evaluate_every, config.checkpoint_every)
         return self.step == stage.end or any(self._is_due(number) for number in every)
 
+    def _saves_now(self, stage: Stage) -> bool:
+        return self._is_due(self.config.checkpoint_every) or self.step == stage.end
+
     def _check(self, progress: Progress, stage: Stage, lr: float) -> None:
         if not progress.is_finite:
             saved = checkpoint.checkpoints(self.folder)
@@ -273,8 +258,11 @@ class Run:
                 f"the last checkpoint before that is {saved[-1] if saved else 'none'}"
             )
 
-    def _evaluate(self) -> tuple[float, float]:
-        """Return the held-out negative log-likelihood at patch 1 and its standard error, in nats per token."""
+    def _evaluate(self) -> tuple[float, float, str]:
+        """Return the held-out negative log-likelihood at patch 1, its standard error, and the weights it is of.
+
+        In nats per token. It is that of the weights as they are trained, also where a moving average is kept.
+        """
         from reference.score import held_out_likelihood  # it needs Pillow, which training alone does not
 
         assert self.test_data is not None
@@ -284,10 +272,10 @@ class Run:
         # Compiled for training: evaluation would compile it once more, for less time than that takes.
         with torch.compiler.set_stance("force_eager"):
             score = held_out_likelihood(self.model, self.test_data, batch_size=batch_size, dtype=dtype)
-        return score.nats_per_token, score.standard_error * math.log(2) / num_tokens
+        return score.nats_per_token, score.standard_error * math.log(2) / num_tokens, "raw"
 
     def _row(
-        self, stage: Stage, lr: float, progress: Progress, speed: float, score: tuple[float, float] | tuple[None, None]
+        self, stage: Stage, lr: float, progress: Progress, speed: float, score: tuple[Any, Any, Any]
     ) -> dict[str, Any]:
         values = (
             self.step, self.step / self.batches.steps_per_epoch, stage.index, stage.patch, lr, progress.loss,
@@ -305,7 +293,7 @@ class Run:
         seconds = work / flops(stage.patch) * self.config.batch_size / max(speed, 1e-9)
         return tqdm.format_interval(seconds) if seconds < 1e9 else "?"
 
-    def _save(self) -> None:
+    def _save(self, log: Log | None) -> None:
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
@@ -320,9 +308,12 @@ class Run:
                 "seconds": self.clock.seconds,
                 "setup_seconds": self.clock.setup_seconds,
                 "random": all_random,
+                "data": self.fingerprint,
                 "model_config": asdict(self.model.config),
                 "train_config": asdict(self.config),
             }
+            assert log is not None, "the process that saves is the one that logs"
+            log.sync()
             checkpoint.save(self.folder, state)
 
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -334,6 +325,7 @@ class Run:
                 )
         if len(saved["random"]) != self.processes:
             raise ValueError(f"processes: expected {len(saved['random'])}, as in that run, got {self.processes}")
+        self._check_data(saved)
         self.trainer.load(saved)
         random = saved["random"][self.rank]
         torch.set_rng_state(random["cpu"])
@@ -342,23 +334,22 @@ class Run:
         self.step = saved["step"]
         self.clock = Clock(self.device, saved["seconds"], saved["setup_seconds"])
 
-
-@contextmanager
-def process_group() -> Iterator[torch.device]:
-    """Join the other processes where torchrun started this one; yield the device of this process."""
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, as in the official code
-    if "RANK" not in os.environ:
-        yield device
-        return
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    def _check_data(self, saved: dict[str, Any]) -> None:
+        """Refuse to go on with other images than those that the run has seen."""
+        expected = saved.get("data")
+        if expected is None and self.rank == 0:
+            print(f"{self.folder}: its checkpoint does not say what its data was; this is not checked", file=sys.stderr)
+        for name, value in (expected or {}).items():
+            if self.fingerprint[name] != value:
+                raise ValueError(
+                    f"data: expected {name} {value}, as in the run in {self.folder}, got {self.fingerprint[name]} "
+                    f"from {self.config.data}; choose another --output for other data"
+                )
+        if saved["step"] > self.schedule.total_steps:
+            raise ValueError(
+                f"data: expected enough images for more than the {saved['step']} steps that the run in {self.folder} "
+                f"has made, got {self.fingerprint['images']}, which make {self.schedule.total_steps}"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -370,15 +361,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(config: TrainConfig, device: torch.device) -> int:
     """Train what is left of a run; return the exit status."""
-    run = Run(config, device)
-    if run.rank == 0:
-        where = f"from step {run.step} of" if run.step else "for"
-        cost = run.schedule.relative_cost(run.model.config.grid)
-        print(f"{config.output}: training {where} {run.schedule.total_steps} steps on {device}, {cost:.3f} of the")
-        print(f"tokens of plain training, in stages {run.schedule.boundaries}", flush=True)
     try:
-        run.train()
-    except FloatingPointError as error:
+        with only_run_in(Path(config.output)):
+            run = Run(config, device)
+            if run.rank == 0:
+                where = f"from step {run.step} of" if run.step else "for"
+                cost = run.schedule.relative_cost(run.model.config.grid)
+                print(
+                    f"{config.output}: training {where} {run.schedule.total_steps} steps on {device}, {cost:.3f} of the"
+                )
+                print(f"tokens of plain training, in stages {run.schedule.boundaries}", flush=True)
+            run.train()
+    except Stopped:
+        return STOPPED  # in place of an exception that holds the run
+    except (FloatingPointError, BlockingIOError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     return 0

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -14,14 +15,32 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def kill_when(condition, *arguments):
-    """Start ``python -m arguments``, and kill it without a warning once the condition holds, within a minute."""
+@contextmanager
+def started(*arguments, start_new_session=False):
+    """Run ``python -m arguments`` in a process of its own, which never outlives the test."""
     command = [sys.executable, "-m", *arguments]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=environment(), start_new_session=start_new_session, **quiet)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def wait_until(condition, process):
+    """Wait until a condition holds, within a minute, while the process goes on."""
     deadline = time.monotonic() + 60
     while not condition():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+
+
+def kill_when(condition, *arguments):
+    """Start ``python -m arguments``, and kill it without a warning once the condition holds, within a minute."""
+    with started(*arguments) as process:
+        wait_until(condition, process)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL

@@ -130,8 +130,112 @@ def test_code_directory_errors(tmp_path):
         load_dataset(f"codes:{tmp_path},{tmp_path}", "train")
     np.save(tmp_path / "imagenet256_codes/0.npy", np.full((1, 10, 16), 16_384))
     np.save(tmp_path / "imagenet256_labels/0.npy", np.zeros(1))
-    with pytest.raises(ValueError, match=r"expected ids in \[0, 16384\), got 16384"):
+    with pytest.raises(ValueError, match=r"0\.npy: expected whole numbers in \[0, 16384\), got 16384"):
         load_dataset(f"codes:{tmp_path},{tmp_path}", "train")[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("codes", np.full((1, 10, 16), -1), r"expected whole numbers in \[0, 16384\), got -1"),
+        ("codes", np.full((1, 10, 16), 435.7), r"expected whole numbers in \[0, 16384\), got 435\.7"),
+        ("codes", np.full((1, 10, 16), np.nan), r"expected whole numbers in \[0, 16384\), got nan"),
+        ("codes", np.full((1, 10, 16), "a"), r"expected whole numbers in \[0, 16384\), got the type <U1"),
+        ("codes", np.zeros((1, 9, 16)), r"expected an array of shape \(1, 10, 16\), .*, got \(1, 9, 16\)"),
+        ("codes", np.zeros(()), r"expected an array of shape \(1, 10, 16\), .*, got \(\)"),
+        ("codes", b"", "expected a whole .npy file, it cannot be read"),
+        ("codes", b"half", "expected a whole .npy file, it cannot be read"),
+        ("labels", np.array([1000]), r"expected whole numbers in \[0, 1000\), got 1000"),  # the row of no class
+        ("labels", np.array([-1]), r"expected whole numbers in \[0, 1000\), got -1"),
+        ("labels", np.array([7.5]), r"expected whole numbers in \[0, 1000\), got 7\.5"),
+        ("labels", np.array([7, 7]), r"expected one label, got an array of shape \(2,\)"),
+        ("labels", np.array([]), r"expected one label, got an array of shape \(0,\)"),
+        ("labels", b"", "expected a whole .npy file, it cannot be read"),
+    ],
+)
+def test_a_bad_file_of_a_code_directory_is_named(tmp_path, kind, content, message):
+    write_codes(tmp_path)
+    data = load_dataset(f"codes:{tmp_path},{tmp_path}", "train")
+    path = tmp_path / f"imagenet256_{kind}" / "3.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(path.read_bytes()[:-8] if content == b"half" else content)
+    else:
+        np.save(path, content)
+    assert data[2][1] == 14
+    with pytest.raises(ValueError, match=rf"imagenet256_{kind}/3\.npy: {message}"):
+        data[3]
+
+
+def test_the_first_file_of_a_code_directory_is_named(tmp_path):
+    write_codes(tmp_path)
+    path = tmp_path / "imagenet256_codes" / "0.npy"
+    for content, message in ((np.zeros(()), r"of a square grid, got shape \(\)"), (None, "cannot be read")):
+        np.save(path, content) if content is not None else path.write_bytes(b"")
+        with pytest.raises(ValueError, match=rf"imagenet256_codes/0\.npy: .*{message}"):
+            load_dataset(f"codes:{tmp_path},{tmp_path}", "train")
+
+
+def test_joined_directories_agree_on_labels(tmp_path):
+    for name in ("first", "second"):
+        write_codes(tmp_path / name)
+    np.save(tmp_path / "second/imagenet256_labels/2.npy", np.array([15]))
+    data = load_dataset(f"codes:{tmp_path}/first+{tmp_path}/second,{tmp_path}/first", "train")
+    assert data[1][1] == 7
+    message = (
+        r"second/imagenet256_labels/2\.npy: expected the label 14, as in .*first/imagenet256_labels/2\.npy, got 15"
+    )
+    with pytest.raises(ValueError, match=message):
+        data[2]
+
+
+def test_strange_names_in_a_code_directory(tmp_path):
+    write_codes(tmp_path, num_images=100, num_variants=1)
+    codes = tmp_path / "imagenet256_codes"
+    (codes / ".tmp123.npy").write_bytes(b"half of an image")
+    assert len(load_dataset(f"codes:{tmp_path}", "test")) == 1
+    (codes / "tmp123.npy").write_bytes(b"half of an image")
+    with pytest.raises(ValueError, match=r"imagenet256_codes: expected files 0\.npy, 1\.npy, …, found tmp123\.npy"):
+        load_dataset(f"codes:{tmp_path}", "train")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_small_code_directory_needs_a_test_split(tmp_path, split):
+    write_codes(tmp_path, num_images=99, num_variants=1)
+    with pytest.raises(ValueError, match="expected at least 100 images, one in 100 of which is for testing, found 99"):
+        load_dataset(f"codes:{tmp_path}", split)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train", np.full((12, 4, 4), 32), r"train: expected whole numbers in \[0, 32\), got 32"),
+        ("test", np.full((5, 4, 4), -1), r"test: expected whole numbers in \[0, 32\), got -1"),
+        ("train", np.full((12, 4, 4), 1.5), r"train: expected whole numbers in \[0, 32\), got 1\.5"),
+        ("train_labels", np.full(12, -1), r"train_labels: expected whole numbers in \[0, 3\), got -1"),
+    ],
+)
+def test_bad_ids_of_an_npz_are_named(tmp_path, name, content, message):
+    write_npz(tmp_path / "tokens.npz", **{name: content})
+    with pytest.raises(ValueError, match=rf"tokens\.npz, {message}"):
+        load_dataset(f"npz:{tmp_path}/tokens.npz", "train")
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "flipped", "npy"])
+def test_a_damaged_npz_is_named(tmp_path, damage):
+    path = tmp_path / "tokens.npz"
+    arrays = write_npz(path)
+    whole = path.read_bytes()
+    place = whole.index(arrays["train"].tobytes()) + 9
+    flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    path.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "flipped": flipped}.get(damage, b""))
+    if damage == "npy":
+        with path.open("wb") as file:
+            np.save(file, arrays["train"])
+    with pytest.raises(ValueError, match=r"tokens\.npz: expected a whole \.npz file, it cannot be read"):
+        load_dataset(f"npz:{path}", "train")
+    if damage != "flipped":  # the images, which the tokenizer does not read
+        with pytest.raises(ValueError, match=r"tokens\.npz: expected a whole \.npz file, it cannot be read"):
+            load_tokenizer(f"npz:{path}")
 
 
 def test_npz(tmp_path):
@@ -154,7 +258,8 @@ def test_npz_mirrored(tmp_path):
     # Grey blocks of which 0 and 1 are each other's mirror image, 2 its own, and 3 nearer to 0's than to anything else.
     centroids = np.float32([[0, 200, 0, 200], [200, 0, 200, 0], [90, 90, 90, 90], [190, 10, 190, 10]])
     train = np.array([[[0, 2, 2, 2]] * 4, [[1, 0, 2, 3]] * 4], dtype=np.uint16)
-    write_npz(path, train=train, train_labels=np.zeros(2, np.uint8), centroids=centroids)
+    test = np.zeros((5, 4, 4), np.uint16)
+    write_npz(path, train=train, train_labels=np.zeros(2, np.uint8), test=test, centroids=centroids)
     mirrored, plain = load_dataset(f"npz_mirrored:{path}", "train"), load_dataset(f"npz:{path}", "train")
     assert (mirrored.num_variants, plain.num_variants) == (2, 1)
     assert np.array_equal(mirrored.tokens[:, :1], plain.tokens)
@@ -184,6 +289,19 @@ def test_variants_depend_on_seed_epoch_and_index_alone():
     assert not torch.equal(drawn, marked_dataset(500, 10, seed=1).batch(range(500), epoch=3)[0][:, 0, 0])
     # without an epoch: the plain image
     assert data.batch(range(500))[0].max() == 0
+
+
+def test_fingerprints_tell_data_apart():
+    generator = np.random.default_rng(0)
+    tokens, labels = generator.integers(0, 9, (300, 2, 4, 4)), np.arange(300) % 5
+
+    def of(tokens=tokens, labels=labels, seed=0):
+        return ArrayDataset(tokens, labels, vocab_size=9, num_classes=5, seed=seed).fingerprint()
+
+    assert of() == of(tokens.astype(np.uint16), labels.astype(np.uint8), seed=1)  # the same data, kept in another way
+    assert of()["images"] == 300
+    assert len({of()["content"], of(tokens[::-1])["content"], of(labels=labels[::-1])["content"]}) == 3
+    assert of(tokens[:1], labels[:1])["images"] == 1
 
 
 def test_variants_are_drawn_evenly():

@@ -1,5 +1,8 @@
 """Sampling: the cache against the full forward pass, the distribution of draws, guidance, and the files written."""
 
+import bisect
+import decimal
+import itertools
 import math
 
 import numpy as np
@@ -95,6 +98,26 @@ def test_top_k_and_top_p():
     assert torch.equal(filter_logits(logits, top_p=0.75)[0, 1:], logits[0, 1:])
 
 
+@pytest.mark.parametrize("number", range(1, 10))
+def test_top_p_of_equal_probabilities(number):
+    assert filter_logits(torch.zeros(10), top_p=number / 10).isfinite().sum() == number
+    assert filter_logits(torch.full((3, 10), -7.3), top_p=number / 10).isfinite().sum(-1).tolist() == [number] * 3
+
+
+def test_top_p_against_exact_sums():
+    """Forty digits in place of sixteen: how many ids does each share need?"""
+    for spread in (0.5, 2.0, 6.0):
+        logits = spread * torch.randn(16_384, generator=seeded())
+        with decimal.localcontext(decimal.Context(prec=40)):
+            weights = [decimal.Decimal(value).exp() for value in logits.sort(descending=True).values.tolist()]
+            sums = list(itertools.accumulate(weights))
+            for top_p in (0.1, 0.6, 0.9, 0.99, 0.9999, 0.999999):
+                expected = 1 + bisect.bisect_left(sums, decimal.Decimal(top_p) * sums[-1])
+                kept = filter_logits(logits, top_p=top_p).isfinite()
+                assert kept.sum() == expected
+                assert torch.equal(logits[kept].sort().values, logits.topk(expected).values.flip(0))
+
+
 def test_seeds_and_batches():
     model = trained_model()
     labels = torch.arange(5)
@@ -120,15 +143,38 @@ def test_labels_matter_and_dropout_is_off():
 def test_options_out_of_range():
     model = trained_model()
     for options, message in (
-        ({"temperature": 0.0}, "temperature: expected above 0, got 0.0"),
+        ({"temperature": 0.0}, "temperature: expected 1e-06 or more, got 0.0"),
+        ({"temperature": 1e-38}, "temperature: expected 1e-06 or more, got 1e-38"),
+        ({"temperature": math.nan}, "temperature: expected 1e-06 or more, got nan"),
+        ({"temperature": math.inf}, "temperature: expected 1e-06 or more, got inf"),
         ({"top_k": 0}, "top_k: expected None or at least 1, got 0"),
         ({"top_p": 1.5}, "top_p: expected above 0 and at most 1, got 1.5"),
-        ({"guidance": -1.0}, "guidance: expected at least 0, got -1.0"),
+        ({"top_p": math.nan}, "top_p: expected above 0 and at most 1, got nan"),
+        ({"guidance": -1.0}, "guidance: expected at least 0 and finite, got -1.0"),
+        ({"guidance": math.inf}, "guidance: expected at least 0 and finite, got inf"),
+        ({"guidance": math.nan}, "guidance: expected at least 0 and finite, got nan"),
     ):
         with pytest.raises(ValueError, match=message):
             Sampler(model, batch_size=2, **options)
     with pytest.raises(ValueError, match="labels: expected 0 to 9, got 3 to 10"):
         Sampler(model, batch_size=2)(torch.tensor([3, 10]), seeded())
+
+
+def test_logits_that_are_not_finite_give_no_image():
+    labels = torch.tensor([1, 4])
+    with pytest.raises(FloatingPointError, match=r"^logits: expected finite numbers, .* guidance of 1e\+38"):
+        Sampler(trained_model(), batch_size=2, guidance=1e38, temperature=1e-6)(labels, seeded())
+    model = trained_model()
+    sampler = Sampler(model, batch_size=2)
+    with torch.no_grad():
+        model.tok_embeddings.weight.fill_(math.nan)  # read from the second id on
+    with pytest.raises(FloatingPointError, match=r"^logits: expected finite numbers"):
+        sampler(labels, seeded())
+    with torch.no_grad():
+        model.tok_embeddings.weight.fill_(0.5)
+    assert sampler(labels, seeded()).shape == (2, 4, 4)  # a bad batch leaves nothing behind
+    coldest = Sampler(trained_model(), batch_size=2, temperature=1e-6)(labels, seeded())
+    assert torch.equal(coldest, Sampler(trained_model(), batch_size=2, top_k=1)(labels, seeded()))
 
 
 def test_grid_of_images(tmp_path):

@@ -1,5 +1,6 @@
 """Held-out likelihood against a computation by hand, the Fréchet distance against closed forms, and both commands."""
 
+import csv
 import math
 import sys
 from dataclasses import asdict
@@ -10,10 +11,10 @@ import torch
 from PIL import Image
 
 from npp_kernels import group_tokens
-from reference import sample, score
+from reference import sample, score, train
 from reference.codes import ArrayDataset, load_tokenizer
 from reference.model import ModelConfig, Transformer
-from reference.sample import Sampler
+from reference.sample import Sampler, describe_weights
 from reference.score import (
     Gaussian,
     feature_network,
@@ -253,6 +254,10 @@ def test_commands_say_what_is_missing(checkpoint, tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit):
         run(sample, monkeypatch, "--checkpoint", checkpoint)
     assert "give --out, --codes or --adm" in capsys.readouterr().err
+    for option in ("--per-class", "--batch-size"):
+        with pytest.raises(SystemExit):
+            run(sample, monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path / "grid.png", option, 0)
+        assert f"argument {option}: expected at least 1, got 0" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="these tokens need a decoder"):
         run(sample, monkeypatch, "--checkpoint", checkpoint, "--data", "codes:DIR", "--out", tmp_path / "grid.png")
     state = torch.load(checkpoint)
@@ -260,6 +265,35 @@ def test_commands_say_what_is_missing(checkpoint, tmp_path, monkeypatch, capsys)
     torch.save(state, checkpoint)
     with pytest.raises(SystemExit, match="--data is needed"):
         run(score, monkeypatch, "--checkpoint", checkpoint)
+
+
+def test_score_and_log_say_which_weights_they_are_of(tmp_path, monkeypatch, capsys):
+    arguments = ["--model", "tiny", "--epochs", "0.1", "--batch-size", "20", "--evaluate-every", "8"]
+    assert train.main([*arguments, "--ema", "0.99", "--output", str(tmp_path)]) == 0
+    with (tmp_path / "log.csv").open(newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert last["test_weights"] == "raw"
+    capsys.readouterr()
+    figures = {}
+    for weights in ("raw", "average"):
+        run(score, monkeypatch, "--checkpoint", tmp_path, "--weights", weights)
+        text = capsys.readouterr().out
+        figures[weights] = float(text.split("float32: ")[1].split(" nats")[0])
+        share = f"{0.99**8:.0%} of which is still the weights before training"
+        expected = "raw weights" if weights == "raw" else f"moving average of the weights, {share}"
+        assert f"bits per image; {expected}" in text
+    assert figures["raw"] == pytest.approx(float(last["test_nll"]), abs=1e-3)
+    assert figures["average"] > figures["raw"] + 0.02  # eight steps have not moved it much
+    run(score, monkeypatch, "--checkpoint", tmp_path)  # the average by default
+    assert f"{figures['average']:.4f} nats" in capsys.readouterr().out
+
+
+def test_long_averages_are_named_without_a_warning():
+    settings = {"averaged": True, "ema": 0.9999, "step": 100_000}
+    assert describe_weights(settings, "average") == "moving average of the weights"
+    assert describe_weights({"averaged": True, "step": None}, "average") == "moving average of the weights"  # official
+    assert describe_weights({**settings, "averaged": False}, "average") == "raw weights"
+    assert describe_weights({**settings, "step": 1000}, "average").startswith("moving average of the weights, 90% of")
 
 
 def test_score_command(checkpoint, monkeypatch, capsys):

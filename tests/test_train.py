@@ -2,10 +2,15 @@
 
 import csv
 import doctest
+import errno
 import functools
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -20,8 +25,9 @@ from reference.codes import load_dataset
 from reference.config import TrainConfig, parse
 from reference.model import ModelConfig, Transformer
 from reference.optimizer import AdamWConfig, FlatAdamW, OfficialAdamW
+from reference.processes import STOPPED, only_run_in
 from reference.step import StepConfig, TrainStep
-from tests.processes import environment, kill_when
+from tests.processes import environment, kill_when, started, wait_until
 
 CONFIG = ModelConfig(
     vocab_size=37, grid=(4, 4), num_classes=5, dim=24, num_layers=2, num_heads=2, token_dropout=0.0, dropout=0.0,
@@ -314,6 +320,113 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     assert torch.equal(killed["random"][0]["cpu"], whole["random"][0]["cpu"])
 
 
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(tmp_path):
+    others = ("--ema", "0.9", "--checkpoint-every", "1000")
+    run = ["reference.train", *arguments_of(tmp_path / "stopped", *others)]
+    with started(*run) as process:
+        wait_until(lambda: (tmp_path / "stopped/log.csv").exists() and len(logged(tmp_path / "stopped")) > 1, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == STOPPED == 75
+    stopped_at = load_latest(tmp_path / "stopped")["step"]
+    assert 10 <= stopped_at < 40
+    assert train.main(arguments_of(tmp_path / "stopped", *others)) == 0
+    assert train.main(arguments_of(tmp_path / "whole", *others)) == 0
+    assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
+    stopped, whole = load_latest(tmp_path / "stopped"), load_latest(tmp_path / "whole")
+    assert all(torch.equal(tensor, stopped["ema"][name]) for name, tensor in whole["ema"].items())
+
+
+def write_codes(directory):
+    generator = np.random.default_rng(0)
+    for kind, values in (
+        ("codes", generator.integers(0, 16_384, (100, 1, 1, 16))),
+        ("labels", np.arange(100)[:, None]),
+    ):
+        (directory / f"imagenet256_{kind}").mkdir(parents=True)
+        for image, value in enumerate(values):
+            np.save(directory / f"imagenet256_{kind}" / f"{image}.npy", value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_whose_reading_processes_are_signalled_too(tmp_path, number):
+    """A scheduler signals every process of a job; a killed run's readers may keep its lock for a while."""
+    write_codes(tmp_path / "data")
+    folder = tmp_path / "run"
+    arguments = arguments_of(folder, "--data", f"codes:{tmp_path}/data", "--workers", "1", "--epochs", "10")
+    with started("reference.train", *arguments, start_new_session=True) as process:
+        wait_until(lambda: checkpoints(folder), process)
+        if number == signal.SIGTERM:
+            os.killpg(process.pid, number)
+            assert process.wait(60) == STOPPED
+        else:
+            process.send_signal(number)
+            assert process.wait(60) == -number
+    saved = load_latest(folder)["step"]
+    assert 8 <= saved < 40
+    command = [sys.executable, "-m", "reference.train", *arguments]
+    resumed = subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=120, text=True)
+    assert f"training from step {saved} of 40 steps" in resumed.stdout
+    assert load_latest(folder)["step"] == 40
+
+
+def test_two_processes_stop_after_the_same_step(tmp_path):
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = [*launcher, "-m", "reference.train", *arguments_of(tmp_path, "--epochs", "5", "--checkpoint-every", "1000")]
+    with started(*run) as process:
+        wait_until(lambda: (tmp_path / "log.csv").exists() and len(logged(tmp_path)) > 1, process)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    saved = load_latest(tmp_path)
+    assert 10 <= saved["step"] < 400
+    assert saved["step"] % 5 == 0  # a report, at which all processes ask each other
+    assert len(saved["random"]) == 2
+
+
+def test_a_bad_state_is_not_saved_when_the_run_is_asked_to_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Termination, "is_asked", True, raising=False)
+    monkeypatch.setattr(train.Termination, "__init__", lambda self: setattr(self, "_before", None))
+    bad = arguments_of(tmp_path / "bad", "--lr", "1e30", "--warmup-epochs", "0")
+    run = train.Run(parse(bad), torch.device("cpu"))
+    run.trainer.sums.fill_(float("nan"))
+    with pytest.raises(SystemExit) as caught:
+        run.train()
+    assert (caught.value.code, run.step) == (75, 1)
+    assert load_latest(tmp_path / "bad") is None
+    assert train.main(arguments_of(tmp_path / "good")) == STOPPED
+    assert load_latest(tmp_path / "good")["step"] == 1
+
+
+def test_two_runs_in_one_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("reference.processes.LOCK_SECONDS", 0.1)
+    arguments = arguments_of(tmp_path / "run", "--epochs", "0.05")
+    with only_run_in(tmp_path / "run"):
+        assert train.main(arguments) == 1
+    message = capsys.readouterr().err
+    assert "stopped: [Errno 11] output: expected a folder that no other run uses, got one in which a run is" in message
+    assert checkpoints(tmp_path / "run") == []
+    assert train.main(arguments) == 0  # the lock went with the run
+    assert train.main(arguments) == 0
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, error):
+    monkeypatch.setattr("filelock.FileLock.acquire", lambda lock, **options: (_ for _ in ()).throw(error))
+    with only_run_in(tmp_path):
+        assert "its file system has no locks" in capsys.readouterr().err
+    monkeypatch.setattr("filelock.FileLock.acquire", lambda lock, **options: (_ for _ in ()).throw(PermissionError))
+    with pytest.raises(PermissionError), only_run_in(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_run_on_a_full_disk_says_so(tmp_path, capsys):
+    (tmp_path / "step-00000008.partial").symlink_to("/dev/full")
+    assert train.main(arguments_of(tmp_path)) == 1
+    assert "stopped: [Errno 28] cannot be written, No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("step-*")] == []
+    assert [row[0] for row in logged(tmp_path)] == ["5", "8"]
+
+
 @pytest.mark.parametrize("accumulate", ["1", "2"])
 def test_two_processes_train_like_one(tmp_path, accumulate):
     others = ("--epochs", "0.2", *WITHOUT_DROPOUT, "--evaluate-every", "16")
@@ -356,27 +469,6 @@ def test_the_clock_counts_set_up_steps_as_long_as_later_ones(monkeypatch):
         assert clock.setup_seconds == pytest.approx(expected_setup)
 
 
-ROW = dict.fromkeys(train.COLUMNS, 0.5) | {"step": 3, "test_nll": None}
-
-
-def test_tensorboard_gets_what_the_log_gets(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = train.Log(tmp_path, 0, tensorboard=True)
-    log.write(ROW)
-    log.close()
-    events = accumulator.EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert set(events.Tags()["scalars"]) == set(train.COLUMNS) - {"step", "test_nll"}
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5)]
-
-
-def test_tensorboard_is_named_where_it_is_missing(tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ModuleNotFoundError, match="tensorboard: expected the package, found none: pip install"):
-        train.Log(tmp_path, 0, tensorboard=True)
-
-
 def test_a_run_without_a_finite_loss_stops(tmp_path, capsys):
     status = train.main(arguments_of(tmp_path, "--lr", "1e30", "--warmup-epochs", "0", "--epochs", "0.2"))
     assert status == 1
@@ -392,6 +484,40 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"levels: expected 2, as in the run in .*, got 1"):
         train.main([*arguments, "--levels", "1"])
     assert train.main([*arguments, "--log-every", "1"]) == 0  # finished already, and nothing that counts has changed
+
+
+def write_tokens(path, num_images=60, seed=0):
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(0, 30, (num_images, 4, 4)).astype(np.uint16)
+    tokens[0, 0, 0] = 29  # the vocabulary is read off the ids
+    labels = np.arange(num_images, dtype=np.uint8) % 3
+    np.savez(path, train=tokens, test=tokens[:5], train_labels=labels, test_labels=labels[:5])
+
+
+def test_a_run_goes_on_with_its_own_data_only(tmp_path, capsys):
+    data, folder = tmp_path / "tokens.npz", tmp_path / "run"
+    arguments = arguments_of(folder, "--data", f"npz:{data}", "--epochs", "2")  # 6 steps
+    write_tokens(data)
+    assert train.main(arguments) == 0
+    write_tokens(data, seed=1)
+    with pytest.raises(
+        ValueError, match=r"^data: expected content [0-9a-f]{64}, as in the run in .*run, got [0-9a-f]{64}"
+    ):
+        train.main(arguments)
+    write_tokens(data, num_images=40)
+    with pytest.raises(ValueError, match=r"^data: expected images 60, as in the run in .*run, got 40 from npz:"):
+        train.main(arguments)
+    # a checkpoint of before there was a fingerprint: read, with a note, but never past the end of the run
+    (path,) = checkpoints(folder)[-1:]
+    state = torch.load(path)
+    del state["data"]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"more than the 6 steps that the run in .*, got 40, which make 4"):
+        train.main(arguments)
+    write_tokens(data)
+    capsys.readouterr()
+    assert train.main(arguments) == 0
+    assert "does not say what its data was" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
