@@ -26,7 +26,7 @@ from npp_kernels.losses.gradient_kernels import launch_gradient, launch_scale
 from npp_kernels.losses.options import LossOptions, PatchLossStats
 from npp_kernels.losses.row_kernels import launch_loss
 from npp_kernels.losses.scores import ACCURACY, ENTROPY, LOSS, LSE, Scores
-from npp_kernels.losses.targets import Settings, Targets, find_targets
+from npp_kernels.losses.targets import Targets, find_targets
 from npp_kernels.losses.torch_path import torch_gradient, torch_loss
 
 
@@ -74,7 +74,7 @@ def handed_out(grad: Tensor) -> Tensor:
 class _PatchCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, groups, slot_scale, class_weight, totals, ticket, settings, wishes):
-        targets = Targets(groups, slot_scale, class_weight, totals, Settings(*settings))
+        targets = Targets(groups, slot_scale, class_weight, totals, settings)
         per_target, wants_grad, inplace, stats = wishes
         scores = Scores.empty(targets, logits.dtype, per_target=per_target, stats=stats)
         grad = loss = None
@@ -105,7 +105,7 @@ class _PatchCrossEntropy(torch.autograd.Function):
                 "inplace_backward=True: expected one backward, got a second; the first has overwritten the logits"
             )
         logits, groups, slot_scale, class_weight, totals, rows, probabilities, grad = ctx.saved_tensors
-        targets = Targets(groups, slot_scale, class_weight, totals, Settings(*ctx.settings))
+        targets = Targets(groups, slot_scale, class_weight, totals, ctx.settings)
         scores = Scores(rows, None, probabilities, None)
         ready = grad is not None and not again
         if ready and ctx.inplace:

@@ -27,21 +27,15 @@ def _chunks(logits: Tensor, targets: Targets) -> Iterator[slice]:
         yield slice(first, first + step)
 
 
-def _weights(targets: Targets, wide: torch.dtype) -> tuple[Tensor, Tensor | float, Tensor]:
-    """Return what the targets weigh by slot and by id, and who counts, each ``[N, K]``."""
-    counted = targets.groups != targets.settings.ignore_index
-    weights = counted.to(wide)
-    if targets.slot_scale is not None:
-        weights = weights * targets.slot_scale
-    if targets.class_weight is None:
-        return weights, 1.0, counted
-    ids = targets.groups.masked_fill(~counted, 0).long()
-    return weights, targets.class_weight[ids], counted
-
-
 def _coefficients(targets: Targets, wide: torch.dtype) -> tuple[Tensor, Tensor | float, Tensor]:
     """Return the coefficients, without the weights by id, and these; and what multiplies the rows' squared lse."""
-    weights, class_weights, counted = _weights(targets, wide)
+    counted = targets.groups != targets.settings.ignore_index
+    weights: Tensor = counted.to(wide)
+    class_weights: Tensor | float = 1.0
+    if targets.slot_scale is not None:
+        weights = weights * targets.slot_scale
+    if targets.class_weight is not None:
+        class_weights = targets.class_weight[targets.groups.masked_fill(~counted, 0).long()]
     penalty = counted.any(1).to(wide) * (targets.settings.z_loss or 0.0)
     if targets.totals is not None:
         totals = targets.totals.sum(1)
