@@ -66,7 +66,14 @@ def can_overlap(tensor: Tensor) -> bool:
     return TRITON_OVERLAPS and _cuda_capability(tensor.device.index) >= (9, 0)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, early: bool | None = None, **options: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    early: bool | None = None,
+    max_registers: int | None = None,
+    **options: Any,
+) -> None:
     """Launch a kernel on the GPU of its first argument, a tensor, which need not be on the current GPU.
 
     Args:
@@ -75,6 +82,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, early: bool | No
         arguments: those that are not fixed, by position.
         early: for a kernel with a fixed parameter OVERLAP, which tells it to wait: whether to launch it before the
             kernel ahead of it has ended, where `can_overlap` allows that.
+        max_registers: of a thread, for NVIDIA's compiler, which otherwise weighs the number of programs that run at a
+            time by rules of its own; `torch.compile` takes no such limit.
         options: the fixed parameters, and Triton's own options.
     """
     device = arguments[0].device
@@ -83,5 +92,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, early: bool | No
         options["OVERLAP"] = early and can_overlap(arguments[0])
         if options["OVERLAP"]:
             options["launch_pdl"] = True
+    if max_registers is not None and torch.version.cuda is not None and not torch.compiler.is_compiling():
+        options["maxnreg"] = max_registers
     with nullcontext() if here else torch.cuda.device(device):
         kernel[grid](*arguments, **options)

@@ -17,7 +17,23 @@ _HARMLESS_WARNINGS = (
     "Synchronization debug mode is a prototype",
     "This instance was constructed with capturable=True",  # its steps without a graph are the warm-up
 )
+_steps_running = 0
 _failed_graphs: list[torch.cuda.CUDAGraph] = []  # kept: the host allocator's filter of a failed capture points to them
+
+
+def runs_step() -> bool:
+    """Return whether a step is running that is, or will be, captured: nothing in it may wait for the GPU."""
+    return _steps_running > 0
+
+
+@contextmanager
+def _step_running() -> Iterator[None]:
+    global _steps_running
+    _steps_running += 1
+    try:
+        yield
+    finally:
+        _steps_running -= 1
 
 
 class Recorder:
@@ -42,7 +58,7 @@ class Recorder:
         """Run a function; return its results, and the places where it waited for the GPU, if watched."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        with _collected_warnings(watched) as waits, torch.cuda.stream(self.stream):
+        with _step_running(), _collected_warnings(watched) as waits, torch.cuda.stream(self.stream):
             outputs = function()
         current.wait_stream(self.stream)
         return tree_map(cloned, outputs), waits
@@ -76,6 +92,7 @@ class Recorder:
                 # that it was made on. The thread that pins a loader's memory calls CUDA at any time, and must not end
                 # this capture.
                 with (
+                    _step_running(),
                     _no_collection(),
                     torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"),
                 ):

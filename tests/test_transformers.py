@@ -552,3 +552,26 @@ def test_the_modules_need_no_transformers():
     )
     done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
     assert done.stdout == "[[1, 2, 3, 0, 0, 0, 0, 0]]\n", done.stderr
+
+
+@pytest.mark.parametrize("patch", [1, 4])
+def test_a_captured_step_is_not_asked_whether_it_is_packed(patch, monkeypatch):
+    """Without a cache transformers looks at the positions' values, which waits for the GPU: a graph cannot."""
+    from transformers import masking_utils
+
+    from npp_kernels import _recorder
+
+    looked, look = [], masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda ids: looked.append(1) or look(ids))
+    model, ids = llama(), tokens()
+    apply(model, patch)
+    plain = model(input_ids=ids, labels=ids).loss
+    assert looked  # so that this test notices when transformers does it otherwise
+    looked.clear()
+    with _recorder._step_running():
+        loss = model(input_ids=ids, labels=ids).loss
+        assert not looked
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        model(input_ids=ids, labels=ids, position_ids=positions)
+        assert looked  # positions of packed documents are not overlooked
+    assert loss == plain

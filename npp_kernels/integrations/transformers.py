@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from npp_kernels._recorder import runs_step
 from npp_kernels.embeddings.group_mean import group_mean
 from npp_kernels.embeddings.patch_mean import patch_mean
 from npp_kernels.grouping import group_tokens
@@ -315,11 +316,19 @@ class Patched:
         """Run the model's own forward, which keeps no cache."""
         return self.original(**inputs, **self.no_cache)
 
+    def _cache_options(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return that no cache is kept, which none needs in training, or that one is, which a graph needs.
+
+        Without a cache transformers looks whether positions are those of packed documents, and waits for the GPU.
+        """
+        is_packed = any(inputs.get(name) is not None for name in ("attention_mask", "position_ids"))
+        return {"use_cache": True} if self.no_cache and runs_step() and not is_packed else self.no_cache
+
     def run_patched(
         self, inputs: dict[str, Any], patch: int, formulation: Formulation, num_targets: Tensor | float | None = None
     ) -> tuple[Any, Tensor | None]:
         """Run the model's own forward on a batch that is folded; return its output, and what the head stood for."""
-        folded = {**fold(inputs, patch), **self.no_cache}
+        folded = {**fold(inputs, patch), **self._cache_options(inputs)}
         folded["inputs_embeds"] = self._embed(inputs["input_ids"], patch, formulation.input_scale)
         groups = folded["labels"]
         if not formulation.inside:

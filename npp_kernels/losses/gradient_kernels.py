@@ -28,10 +28,29 @@ from npp_kernels.losses.target_math import (
 )
 from npp_kernels.losses.targets import Targets
 
-# H100, 2026-11-24: blocks of 8,192 gradients, 8 programs a multiprocessor: 0.154 ms for 4,096 rows; 4,096 gradients
-# 0.165.
+# H100, bf16; docs/tuning.md has what else was tried. Blocks of 8,192 gradients 0.154 ms for 4,096 rows, of 4,096
+# gradients 0.165. With 64 programs a multiprocessor 0.358 ms for 16,384 rows, with 8 0.371; but where an upstream of 1
+# leaves nothing to do, they are launched for nothing.
 GRADIENT_BLOCK = 8192
-GRADIENT_PROGRAMS = 8
+GRADIENT_PROGRAMS = 64
+IDLE_PROGRAMS = 8
+# Left to itself NVIDIA's compiler takes 80 registers for 16 and 64 targets, so that three programs run at a time in
+# place of four: 27.4 µs in place of 23.7 for 1,024 rows, K = 16. For more targets 64 are too few, for fewer no gain.
+LIMITED_SLOTS = range(5, 65)
+MAX_REGISTERS = 64
+
+
+@triton.jit
+def _at_targets(
+    groups_row, targets, maximum, row, target_logits, slots, softcap, PRECISE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
+):  # fmt: skip
+    """Return dz at the targets, of which are given: the ids, which of them are in the block, and what they weigh."""
+    ids, in_block, weights, class_weights = targets
+    equal_weights = sum_equal_weights(groups_row, ids, weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS)
+    return gradient_at_targets(
+        (maximum - target_logits, in_block, weights, equal_weights, class_weights), row, target_logits, softcap, PRECISE
+    )
 
 
 @triton.jit(do_not_specialize=["ignore_index", "num_rows", "rows_stride"])
@@ -55,7 +74,9 @@ def _gradient_kernel(
     With SKIP_UNIT the gradient for an upstream of 1 is there already, and there is nothing to do if it is 1.
     """
     PRECISE: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
-    EARLY: tl.constexpr = BLOCK_SLOTS <= 16  # logits are asked for before all else, where registers are left for it
+    # Where registers are left for it, logits are asked for before all else, and what happens at the targets is found
+    # out while they are on their way; otherwise when the rest of the gradient has been stored.
+    EARLY: tl.constexpr = BLOCK_SLOTS <= 16
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     blocks = tl.cdiv(vocab_size, BLOCK_VOCAB)
@@ -102,15 +123,17 @@ def _gradient_kernel(
             weights, class_weights, divisor, slope, label_smoothing, class_weight_ptr, vocab_size
         )
         weights *= class_weights
-        equal_weights = sum_equal_weights(groups_row, targets, weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS)
 
         # Targets of this block only; the others belong to programs of their own.
         in_block = in_range & (targets >= first) & (targets < first + BLOCK_VOCAB)
         target_logits = capped(tl.load(logits_row + targets, mask=in_block, other=0.0).to(tl.float32), softcap)
-        at_targets = gradient_at_targets(
-            (maximum - target_logits, in_block, weights, equal_weights, class_weights),
-            (divisor, softmax_weight, surplus, spread, smoothing_rest, rest), target_logits, softcap, PRECISE,
-        )  # fmt: skip
+        at_targets = tl.zeros([BLOCK_SLOTS], tl.float32)
+        row_terms = (divisor, softmax_weight, surplus, spread, smoothing_rest, rest)
+        if EARLY:
+            at_targets = _at_targets(
+                groups_row, (targets, in_block, weights, class_weights), maximum, row_terms, target_logits,
+                slots, softcap, PRECISE, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS,
+            )  # fmt: skip
         if not EARLY:
             raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf"))
         tl.debug_barrier()  # in place, a target's logit is read before its neighbours' gradients are written
@@ -121,6 +144,11 @@ def _gradient_kernel(
         weighted_softmax = exp(logits - maximum, PRECISE) * divide(softmax_weight, 1.0 + rest)
         gradient = gradient_away_from_targets(weighted_softmax, logits, by_id, idle, softcap)
         tl.store(grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
+        if not EARLY:
+            at_targets = _at_targets(
+                groups_row, (targets, in_block, weights, class_weights), maximum, row_terms, target_logits,
+                slots, softcap, PRECISE, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS,
+            )  # fmt: skip
         store_at_targets(grad_row, targets, at_targets, in_block, idle)
 
 
@@ -148,11 +176,11 @@ def _scale_kernel(
         tl.store(pointers, scaled.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
-def _gradient_blocks(rows: Tensor) -> tuple[tuple[int], int]:
-    """Return the grid of programs that share the blocks of ``rows [N, M]``, and the size of a block."""
+def _gradient_blocks(rows: Tensor, programs: int) -> tuple[tuple[int], int]:
+    """Return the grid of at most so many programs a multiprocessor for ``rows [N, M]``, and the size of a block."""
     num_rows, row_size = rows.shape
     block = min(max(next_power_of_2(row_size), 32), GRADIENT_BLOCK)
-    return (min(num_rows * cdiv(row_size, block), GRADIENT_PROGRAMS * num_multiprocessors(rows)),), block
+    return (min(num_rows * cdiv(row_size, block), programs * num_multiprocessors(rows)),), block
 
 
 def launch_gradient(
@@ -162,10 +190,12 @@ def launch_gradient(
 
     With ``skip_unit``, ``grad`` holds the gradient for an upstream of 1 already. ``grad`` may be ``logits``.
     """
-    grid, block_vocab = _gradient_blocks(logits)
+    grid, block_vocab = _gradient_blocks(logits, IDLE_PROGRAMS if skip_unit else GRADIENT_PROGRAMS)
     rows = scores.rows[MAXIMUM:]
     scalar, per_target = scores.split_upstream(upstream)
     settings = targets.settings
+    even = logits.shape[1] % block_vocab == 0
+    limited = even and targets.is_plain and logits.element_size() == 2 and targets.groups.shape[1] in LIMITED_SLOTS
     launch(
         _gradient_kernel,
         grid,
@@ -189,8 +219,9 @@ def launch_gradient(
         settings.softcap,
         SKIP_UNIT=skip_unit,
         early=True,
+        max_registers=MAX_REGISTERS if limited else None,
         BLOCK_VOCAB=block_vocab,
-        EVEN=logits.shape[1] % block_vocab == 0,
+        EVEN=even,
         num_warps=min(max(block_vocab // 512, 1), 8),
         **targets.constants(),
     )
@@ -199,7 +230,7 @@ def launch_gradient(
 def launch_scale(grad: Tensor, upstream: Tensor) -> None:
     """Multiply ``grad [N, M]`` by a scalar ``upstream`` in place, unless that is 1."""
     num_rows, row_size = grad.shape
-    grid, block = _gradient_blocks(grad)
+    grid, block = _gradient_blocks(grad, IDLE_PROGRAMS)
     launch(
         _scale_kernel,
         grid,

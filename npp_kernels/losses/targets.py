@@ -49,6 +49,13 @@ class Targets(NamedTuple):
     totals: Tensor | None  # [2, n]: partial sums of the targets' weight, and of the rows with a target
     settings: Settings
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but the upstream gradient decides what the targets weigh, and no option adds to that."""
+        settings = self.settings
+        options = (settings.label_smoothing, settings.z_loss, settings.softcap)
+        return all(part is None for part in (self.slot_scale, self.class_weight, self.totals, *options))
+
     def rows(self, chunk: slice) -> Targets:
         """Return the targets of some rows."""
         return self._replace(groups=self.groups[chunk])
