@@ -36,32 +36,33 @@ def _chunks(logits: Tensor) -> Iterator[slice]:
 
 def _ids(targets: Targets, counted: Tensor) -> Tensor:
     """Return the groups as indices, 0 where a target does not count."""
-    return torch.where(counted, targets.groups, 0).long()
+    return targets.groups.long() * counted
 
 
-def _coefficients(
-    targets: Targets, counted: Tensor, ids: Tensor, wide: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the coefficients, without the weights by id, and these; and what multiplies the rows' squared lse."""
+def _slot_weights(targets: Targets, counted: Tensor, wide: torch.dtype) -> Tensor:
+    """Return the weight of each target by its slot, 0 where it does not count."""
+    return counted.to(wide) if targets.slot_scale is None else counted * targets.slot_scale
+
+
+def _divisors(
+    targets: Targets, counted: Tensor, class_weights: Tensor | None, wide: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what divides the weights, one number or ``[N, 1]``; and what multiplies the rows' squared lse."""
     settings = targets.settings
-    weights: Tensor = counted.to(wide)
-    class_weights = penalty = totals = None
-    if targets.slot_scale is not None:
-        weights = weights * targets.slot_scale
-    if targets.class_weight is not None:
-        class_weights = targets.class_weight[ids]
+    divisor = penalty = totals = None
     if targets.totals is not None:
         totals = targets.totals.sum(1)
-        totals = torch.where(totals == 0, 1, totals)
-        if settings.normalize == "target":
-            weights = weights / totals[0]
-        elif settings.normalize == "row":
-            row_weight = (weights if class_weights is None else weights * class_weights).sum(1, keepdim=True)
-            weights = weights / (torch.where(row_weight == 0, 1, row_weight) * totals[1])
+        totals = totals + (totals == 0)
+    if settings.normalize == "target":
+        divisor = totals[0]
+    elif settings.normalize == "row":
+        weights = _slot_weights(targets, counted, wide)
+        weight = (weights if class_weights is None else weights * class_weights).sum(1, keepdim=True)
+        divisor = (weight + (weight == 0)) * totals[1]
     if settings.z_loss is not None:
         penalty = counted.any(1).to(wide) * settings.z_loss
         penalty = penalty if totals is None else penalty / totals[1]
-    return weights, class_weights, penalty
+    return divisor, penalty
 
 
 def _capped(logits: Tensor, targets: Targets, wide: torch.dtype) -> Tensor:
@@ -124,9 +125,10 @@ def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
 def _score_targets(
     distances: Tensor, smooth: Tensor | None, counted: Tensor, ids: Tensor, targets: Targets, scores: Scores
 ) -> None:
-    """Fill in the losses of all targets and rows; ``smooth`` holds the mean logit or ``Σ_v w_v z_v``, less the maximum."""
+    """Fill in the losses of targets and rows; ``smooth`` is each row's mean logit or ``Σ w_v z_v``, less the maximum."""
     settings = targets.settings
-    coefficients, class_weights, penalty = _coefficients(targets, counted, ids, distances.dtype)
+    class_weights = None if targets.class_weight is None else targets.class_weight[ids]
+    divisor, penalty = _divisors(targets, counted, class_weights, distances.dtype)
     log_total = torch.log1p(scores.rows[REST])
     nll = log_total.unsqueeze(1) + distances
     losses = nll if class_weights is None else class_weights * nll
@@ -142,8 +144,14 @@ def _score_targets(
         losses = losses * probabilities
     if scores.losses is not None:
         scores.losses.copy_(losses.masked_fill(~counted, 0))
-    # A target that weighs nothing may have an infinite loss; what does not count weighs nothing.
-    loss = torch.where(coefficients == 0, 0, coefficients * losses).sum(1)
+    # A target that weighs nothing may have an infinite loss.
+    if targets.slot_scale is None:
+        loss = losses.masked_fill(~counted, 0).sum(1)
+    else:
+        weights = _slot_weights(targets, counted, distances.dtype)
+        loss = (weights * losses).masked_fill(weights == 0, 0).sum(1)
+    if divisor is not None:
+        loss = loss / divisor.view(-1)
     if penalty is not None or scores.predictions is not None:
         lse = scores.rows[MAXIMUM] + log_total
         if penalty is not None:
@@ -161,7 +169,10 @@ def torch_gradient(logits: Tensor, grad: Tensor, targets: Targets, scores: Score
     smoothing = settings.label_smoothing or 0.0
     counted = targets.groups != settings.ignore_index
     ids = _ids(targets, counted)
-    coefficients, class_weights, penalty = _coefficients(targets, counted, ids, wide)
+    class_weights = None if targets.class_weight is None else targets.class_weight[ids]
+    divisor, penalty = _divisors(targets, counted, class_weights, wide)
+    coefficients = _slot_weights(targets, counted, wide)
+    coefficients = coefficients if divisor is None else coefficients / divisor
     scalar, per_target = scores.split_upstream(upstream)
     for factor in (scalar, per_target):
         coefficients = coefficients if factor is None else coefficients * factor
@@ -195,11 +206,14 @@ def torch_gradient(logits: Tensor, grad: Tensor, targets: Targets, scores: Score
         out = grad[chunk] if looks and grad.dtype == wide and settings.softcap is None else None
         dz = torch.sub(z, maxima[chunk], out=out).exp_().mul_(scale[chunk])
         others = weights.masked_fill(sure, 0).sum(1, keepdim=True)
+        softmax = dz.gather(1, at_ids)
         # What equal targets take away is added up first: taken from p one after the other, each would be rounded.
-        if weights.shape[1] > 1:
+        if looks:
+            weights = dz.scatter_(1, at_ids, 0).scatter_add_(1, at_ids, weights).gather(1, at_ids)
+        else:  # where additions have no order
             equals = at_ids.unsqueeze(2) == at_ids.unsqueeze(1)
             weights = (equals * weights.unsqueeze(1)).sum(2)
-        dz.scatter_(1, at_ids, torch.where(sure, others + off_sure[chunk], dz.gather(1, at_ids) - weights))
+        dz.scatter_(1, at_ids, torch.where(sure, others + off_sure[chunk], softmax - weights))
         if smoothing:
             dz.sub_(spread[chunk] if by_id is None else spread[chunk] * by_id)
         if settings.softcap is not None:
