@@ -125,7 +125,7 @@ def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
 def _score_targets(
     distances: Tensor, smooth: Tensor | None, counted: Tensor, ids: Tensor, targets: Targets, scores: Scores
 ) -> None:
-    """Fill in the losses of targets and rows; ``smooth`` is each row's mean logit or ``Σ w_v z_v``, less the maximum."""
+    """Fill in the losses of targets and rows; ``smooth`` is a row's mean logit or ``Σ w_v z_v``, less the maximum."""
     settings = targets.settings
     class_weights = None if targets.class_weight is None else targets.class_weight[ids]
     divisor, penalty = _divisors(targets, counted, class_weights, distances.dtype)
