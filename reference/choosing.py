@@ -19,7 +19,7 @@ from torch import Tensor
 from npp_kernels._dispatch import launch, next_power_of_2
 
 TOP_P_TOLERANCE = 1e-13  # eight times 0.1 is less than 0.8 in fp64 as well
-MAX_VOCAB = 32_768  # of the kernel: what the registers of a program hold
+MAX_VOCAB = 16_384  # of the kernel: what the registers of a program hold
 ELEMENTS_OF_A_WARP = 1024
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -73,44 +73,66 @@ def draw(logits: Tensor, noise: Tensor) -> Tensor:
 
 
 @triton.jit
-def _ordered(logits):
-    """Return unsigned numbers in the order of the logits, of which none is NaN."""
+def _order_of(logits):
+    """Return positive numbers in the order of finite logits."""
     bits = tl.where(logits == 0, 0.0, logits).to(tl.uint32, bitcast=True)  # -0 equals 0
     return tl.where(bits >> 31 == 1, ~bits, bits | 0x80000000)
 
 
 @triton.jit
-def _top_k(order, mask, top_k):
-    """Return the order of the top_k-th largest: the largest number that so many reach, from its highest bit on."""
+def _logits_of(order):
+    """Return the logits of such numbers."""
+    return tl.where(order >> 31 == 1, order & 0x7FFFFFFF, ~order).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _keep_top_k(order, top_k):
+    """Set what is less than the top_k-th largest to 0: than the largest number that so many reach."""
     threshold = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     for _ in range(32):
         higher = threshold | bit
-        bit = bit >> 1
-        reached = tl.sum((mask & (order >= higher)).to(tl.int32), axis=0)
+        reached = tl.sum((order >= higher).to(tl.int32), axis=0)
         threshold = tl.where(reached >= top_k, higher, threshold)
-    return threshold
+        bit = bit >> 1
+    return tl.where(order >= threshold, order, 0)
 
 
 @triton.jit
-def _top_p(order, mask, probabilities, SHARE: tl.constexpr):
-    """Return which are needed to make up a share, the likeliest first and equal ones by their place.
+def _keep_top_p(order, largest, SHARE: tl.constexpr):
+    """Set what is not needed to make up a share to 0, the likeliest first and equal ones by their place.
 
-    The largest number above which there still is the share: what comes next is the last that is needed.
+    Above the number ``below`` there still is the share, above the next one no more: that is the last that is needed.
+    Of each element a thread holds its order and its fp64 weight: of a row of 16,384, 96 of its 128 registers.
     """
-    share = tl.full((), SHARE, tl.float64)
+    largest = largest.to(tl.float64)
+    weights = tl.where(order > 0, tl.exp(_logits_of(order).to(tl.float64) - largest), 0.0)
+    share = tl.full((), SHARE, tl.float64) * tl.sum(weights, axis=0)
     below = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     for _ in range(32):
         higher = below | bit
-        bit = bit >> 1
-        above = tl.sum(tl.where(mask & (order > higher), probabilities, 0.0), axis=0)
+        above = tl.sum(tl.where(order > higher, weights, 0.0), axis=0)
         below = tl.where(above >= share, higher, below)
-    last = mask & (order == below + 1)
-    above = tl.sum(tl.where(mask & (order > below + 1), probabilities, 0.0), axis=0)
-    each = tl.max(tl.where(last, probabilities, 0.0), axis=0)
-    place = tl.cumsum(last.to(tl.int32), axis=0) - 1
-    return (mask & (order > below + 1)) | (last & (above + place.to(tl.float64) * each < share))
+        bit = bit >> 1
+    last = below + 1
+    missing = share - tl.sum(tl.where(order > last, weights, 0.0), axis=0)
+    each = tl.exp(_logits_of(last).to(tl.float64) - largest)
+    return _keep_first(order, last, tl.minimum(tl.ceil(missing / each), 1.0 * order.shape[0]).to(tl.int32))
+
+
+@triton.jit
+def _keep_first(order, last, number):
+    """Set what is less than ``last`` to 0, and of what equals it all but so many, the first ones."""
+    places = tl.arange(0, order.shape[0])
+    end = tl.full((), 0, tl.int32)
+    bit = tl.full((), order.shape[0], tl.int32)
+    while bit > 0:
+        higher = end | bit
+        before = tl.sum(((order == last) & (places < higher)).to(tl.int32), axis=0)
+        end = tl.where(before <= number, higher, end)
+        bit = bit >> 1
+    return tl.where((order > last) | ((order == last) & (places < end)), order, 0)
 
 
 @triton.jit
@@ -146,21 +168,28 @@ def _choose_kernel(
         unconditional = tl.load(other_ptr + ids, mask=mask, other=0.0).to(tl.float32)
         logits = unconditional + guidance * (logits - unconditional)
     logits = tl.div_rn(logits, tl.full([BLOCK], 1.0, tl.float32) * temperature)
-    not_finite = tl.sum((tl.abs(logits) < float("inf")).to(tl.int32), axis=0) < BLOCK
-    tl.store(finite_ptr, tl.full((), 0, tl.uint8), mask=not_finite)
+    is_finite = tl.abs(logits) < float("inf")
+    tl.store(finite_ptr, tl.full((), 0, tl.uint8), mask=tl.sum(is_finite.to(tl.int32), axis=0) < BLOCK)
+    logits = tl.where(is_finite, logits, 0.0)  # of an image that is lost an id is drawn nevertheless
 
+    order = tl.where(mask, _order_of(logits), 0)  # 0 is what is not kept
     if HAS_TOP_K:
-        mask = mask & (_ordered(logits) >= _top_k(_ordered(logits), mask, top_k))
-    largest = tl.max(tl.where(mask, logits, -float("inf")), axis=0)
+        order = _keep_top_k(order, top_k)
+    largest = _logits_of(tl.max(order, axis=0))
     if SHARE is not None:
-        wide = tl.where(mask, tl.exp(logits.to(tl.float64) - largest.to(tl.float64)), 0.0)
-        mask = _top_p(_ordered(logits), mask, wide / tl.sum(wide, axis=0), SHARE)
-    noise = tl.load(noise_ptr + image * vocab_size + ids, mask=mask, other=1.0)
-    exponentials = tl.where(mask, tl.exp(logits - largest), 0.0)
+        order = _keep_top_p(order, largest, SHARE)
+    noise = tl.load(noise_ptr + image * vocab_size + ids, mask=order > 0, other=1.0)
+    exponentials = tl.where(order > 0, tl.exp(_logits_of(order) - largest), 0.0)
     ratios = exponentials / tl.sum(exponentials, axis=0) / tl.maximum(noise, TINY)
-    chosen = tl.minimum(tl.argmax(ratios, axis=0), vocab_size - 1).to(tl.int64)
+    chosen = tl.argmax(ratios, axis=0).to(tl.int64)
     tl.store(ids_ptr + image, chosen)
     tl.store(tokens_ptr + image * num_positions + tl.load(position_ptr), chosen)
+
+
+def row_options(vocab_size: int) -> dict[str, int]:
+    """Return the fixed parameters of the kernel that holds a row of logits."""
+    block = next_power_of_2(vocab_size)
+    return {"BLOCK": block, "num_warps": min(max(block // ELEMENTS_OF_A_WARP, 1), 32)}
 
 
 def choose(
@@ -178,7 +207,6 @@ def choose(
         is_finite: 0-d, bool.
     """
     num_images, vocab_size = noise.shape
-    block = next_power_of_2(vocab_size)
     launch(
         _choose_kernel,
         (num_images,),
@@ -198,6 +226,5 @@ def choose(
         GUIDED=drawing.guidance != 1,
         HAS_TOP_K=drawing.top_k is not None,
         SHARE=drawing.top_p - TOP_P_TOLERANCE if drawing.top_p < 1 else None,
-        BLOCK=block,
-        num_warps=min(max(block // ELEMENTS_OF_A_WARP, 1), 32),
+        **row_options(vocab_size),
     )

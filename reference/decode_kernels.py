@@ -18,6 +18,7 @@ Source: FlashDecoding (Dao et al., 2023, crfm.stanford.edu/2023/10/12/flashdecod
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -34,6 +35,7 @@ MAX_SPLITS = 16
 MAX_ROW_BLOCK = 64  # rows and channels of a program's product: many small tiles, for there are few rows
 CHANNEL_BLOCK = 32
 INNER_BLOCK = 64
+ATTEND_OPTIONS = {"BLOCK": KEY_BLOCK, "num_warps": 4}
 
 
 @triton.jit
@@ -239,6 +241,19 @@ def embed(ids: Tensor, labels: Tensor, position: Tensor, tables: tuple[Tensor, T
     )
 
 
+def product_options(dim: int, num_rows: int, is_fp32: bool) -> dict[str, Any]:
+    """Return the fixed parameters of a product over ``dim`` channels."""
+    block_rows = MAX_ROW_BLOCK // 4 if is_fp32 else MAX_ROW_BLOCK  # without tensor cores the tiles are in registers
+    return {
+        "BLOCK_ROWS": min(max(next_power_of_2(num_rows), 16), block_rows),
+        "BLOCK_CHANNELS": CHANNEL_BLOCK,
+        "BLOCK_INNER": INNER_BLOCK // 2 if is_fp32 or dim % INNER_BLOCK else INNER_BLOCK,
+        "PRECISION": "ieee" if is_fp32 else "tf32",  # of fp32 alone
+        "num_warps": 4,
+        "num_stages": 2 if is_fp32 else 4,
+    }
+
+
 def multiply(
     x: Tensor,
     weight: Tensor,
@@ -250,10 +265,10 @@ def multiply(
 ) -> None:
     """Fill ``out [N, C]`` with ``norm(x) · weightᵀ`` of ``x [N, D], weight [C, D]``; gated, or on the residual."""
     (num_rows, dim), num_channels = x.shape, weight.shape[0]
-    block_rows = min(max(next_power_of_2(num_rows), 16), MAX_ROW_BLOCK)
+    options = product_options(dim, num_rows, x.dtype == torch.float32)
     launch(
         _multiply_kernel,
-        (cdiv(num_channels, CHANNEL_BLOCK), cdiv(num_rows, block_rows)),
+        (cdiv(num_channels, options["BLOCK_CHANNELS"]), cdiv(num_rows, options["BLOCK_ROWS"])),
         x,
         None if norm is None else norm.weight,
         weight,
@@ -265,12 +280,7 @@ def multiply(
         0.0 if norm is None else norm.eps,
         early=True,
         DIM=dim,
-        BLOCK_ROWS=block_rows,
-        BLOCK_CHANNELS=CHANNEL_BLOCK,
-        BLOCK_INNER=INNER_BLOCK if dim % INNER_BLOCK == 0 else INNER_BLOCK // 2,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=4,
-        num_stages=4,
+        **options,
     )
 
 
@@ -307,8 +317,7 @@ def attend_to_cache(
         early=True,
         SPLIT=cdiv(num_positions, splits),
         HEAD_DIM=head_dim,
-        BLOCK=KEY_BLOCK,
-        num_warps=4,
+        **ATTEND_OPTIONS,
     )
     if sums is not None:
         options = {"NUM_SPLITS": splits, "HEAD_DIM": head_dim, "num_warps": 1}
