@@ -29,13 +29,15 @@ from npp_kernels._dispatch import cdiv, launch, next_power_of_2, num_multiproces
 from reference.attention import Rotary
 
 EMBED_BLOCK = 1024
-KEY_BLOCK = 64  # positions that are attended to at a time
-PROGRAMS_OF_A_MULTIPROCESSOR = 4  # of attention: where there are fewer, the positions are split
+KEY_BLOCK = 32  # positions that are attended to at a time
+PROGRAMS_OF_A_MULTIPROCESSOR = 8  # of attention: where there are fewer, the positions are split
 MAX_SPLITS = 16
-MAX_ROW_BLOCK = 64  # rows and channels of a program's product: many small tiles, for there are few rows
+ROW_BLOCK = 64  # rows and channels of a program's product: many small tiles, for there are few rows
+LARGE_ROW_BLOCK = 128  # where there are more rows than that: each of its tiles reads the weight once more
 CHANNEL_BLOCK = 32
 INNER_BLOCK = 64
-ATTEND_OPTIONS = {"BLOCK": KEY_BLOCK, "num_warps": 4}
+# A warp by itself: of 4, whose sums cross from warp to warp, the loop had 17 barriers (in the compiled code for sm_90).
+ATTEND_OPTIONS = {"BLOCK": KEY_BLOCK, "num_warps": 1}
 
 
 @triton.jit
@@ -243,7 +245,9 @@ def embed(ids: Tensor, labels: Tensor, position: Tensor, tables: tuple[Tensor, T
 
 def product_options(dim: int, num_rows: int, is_fp32: bool) -> dict[str, Any]:
     """Return the fixed parameters of a product over ``dim`` channels."""
-    block_rows = MAX_ROW_BLOCK // 4 if is_fp32 else MAX_ROW_BLOCK  # without tensor cores the tiles are in registers
+    block_rows = ROW_BLOCK if num_rows <= LARGE_ROW_BLOCK else LARGE_ROW_BLOCK
+    if is_fp32:
+        block_rows = 16  # without tensor cores the tiles are in registers
     return {
         "BLOCK_ROWS": min(max(next_power_of_2(num_rows), 16), block_rows),
         "BLOCK_CHANNELS": CHANNEL_BLOCK,

@@ -51,6 +51,7 @@ DECODE_CASES = {
     "embed": (decode_kernels._embed_kernel, embed_arguments()),
     "multiply D=768 norm": (MULTIPLY, multiply_arguments(768, norm=True)),
     "multiply D=1280 norm gated": (MULTIPLY, multiply_arguments(1280, norm=True, gated=True)),
+    "multiply D=768 norm gated, many rows": (MULTIPLY, multiply_arguments(768, 512, norm=True, gated=True)),
     "multiply D=768 norm gated, few rows": (MULTIPLY, multiply_arguments(768, 2, norm=True, gated=True)),
     "multiply D=768 norm gated fp32": (MULTIPLY, multiply_arguments(768, norm=True, gated=True, dtype="fp32")),
     "attend": (decode_kernels._attend_kernel, attend_arguments(1)),

@@ -56,7 +56,7 @@ def test_products(device, rows, dim, channels, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("position", [0, 1, 64, 65, 149])  # nothing filled, one, a block, a block and one, all
+@pytest.mark.parametrize("position", [0, 1, 32, 33, 149])  # nothing filled, one, a block, a block and one, all
 def test_attention_to_what_is_filled(device, position, splits, dtype):
     rows, heads, positions, head_dim = 2, 3, 150, 32
     qkv = torch.randn(rows, 3 * heads * head_dim, device=device).to(dtype)
@@ -83,7 +83,7 @@ def test_splits_fill_the_gpu(device, monkeypatch):
     monkeypatch.setattr(decode_kernels, "num_multiprocessors", lambda like: 132)
     like = torch.empty(1, device=device)
     assert choose_splits(128 * 12, 256, like) == 1  # 64 images of LlamaGen-B with guidance
-    assert choose_splits(2 * 12, 256, like) == 4  # one: no more than there are blocks of keys
+    assert choose_splits(2 * 12, 256, like) == 8  # one: no more than there are blocks of keys
     assert choose_splits(2 * 12, 576, like) == 16
 
 
@@ -113,9 +113,9 @@ def kept_by_the_kernel(row, drawing):
 
 
 ROWS = {
-    "peaked": lambda: 3 * torch.randn(19),
+    "peaked": lambda: 3 * torch.randn(13),
     "equal": lambda: torch.full((10,), -7.25),
-    "few values": lambda: torch.randint(-2, 3, (17,)).float(),
+    "few values": lambda: torch.randint(-2, 3, (11,)).float(),
     "zeros of both signs": lambda: torch.tensor([0.0, -0.0, 0.0, -0.0, 1.0, -1.0]),
     "one": lambda: torch.tensor([2.5]),
     "far apart": lambda: torch.tensor([30.0, 29.0, -3e4, 28.0, -1e-30, 1e-30]),
@@ -123,9 +123,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(
-    ("top_k", "top_p"), [(1, 1.0), (5, 1.0), (100, 1.0), (None, 0.1), (None, 0.8), (None, 0.999999), (7, 0.6)]
-)
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (5, 1.0), (None, 0.3), (None, 0.999999), (100, 0.6)])
 def test_filters_keep_what_sorting_keeps(device, rows, top_k, top_p):
     row = ROWS[rows]().to(device)
     filtered = filter_logits(row, top_k=top_k, top_p=top_p)
@@ -146,14 +144,14 @@ def test_a_logit_that_is_not_finite_is_reported(device):
         assert ((ids >= 0) & (ids < 9)).all()  # what is embedded next is in the table
 
 
-@pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize(
-    "options", [{"guidance": 2.5, "temperature": 0.8}, {"top_k": 7}, {"guidance": 1.5, "top_p": 0.7}], ids=str
+    ("splits", "options"),
+    [(1, {"guidance": 2.5, "temperature": 0.8}), (2, {"top_k": 7}), (1, {"guidance": 1.5, "top_p": 0.7})],
+    ids=str,
 )
 def test_same_images_as_without_kernels(device, options, splits, monkeypatch):
     """The same noise draws the same ids: in fp32 the logits differ in their last places only."""
     monkeypatch.setattr(decoding, "choose_splits", lambda *_: splits)
-    monkeypatch.setattr(decode_kernels, "KEY_BLOCK", 4)
     model = trained_model(ModelConfig.named("tiny", vocab_size=30, grid=(2, 3), num_classes=10)).to(device)
     labels = torch.tensor([1, 4, 9], device=device)
     ours, plain = (Sampler(model, batch_size=2, fast=fast, **options) for fast in (True, False))
