@@ -108,19 +108,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "parts": [],
     }
     order = [(cell, way) for way in WAYS for cell in options.cells if way != "compiled" or cell == options.cells[0]]
-    model, size = None, ""
-    for (wanted, images), way in order:
+    models: dict[str, Transformer] = {}  # one at a time
+    for (size, images), way in order:
         if way not in options.ways:
             continue
-        part: dict[str, Any] = {"size": wanted, "images": images, "way": way}
+        part: dict[str, Any] = {"size": size, "images": images, "way": way}
         left = end - time.monotonic()
         if left < (COMPILING_SECONDS if way == "compiled" else 0):
             part["skipped"] = f"{left:.0f} of {options.limit:.0f} seconds were left"
         else:
-            if wanted != size:
+            if size not in models:
+                models.clear()
                 with device:
-                    model = Transformer(ModelConfig.named(wanted)).to(torch.bfloat16 if on_gpu else torch.float32)
-                size = wanted
+                    models[size] = Transformer(ModelConfig.named(size))
+            model = models[size].to(torch.bfloat16 if on_gpu else torch.float32)
             part["bytes"] = bytes_of_a_token(model, images, images if options.guidance == 1 else 2 * images)
             part |= time_way(model, way, images, options)
         results["parts"].append(part)

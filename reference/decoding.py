@@ -7,6 +7,8 @@ choice and the next position four. docs/sampling.md counts the bytes.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,7 @@ class Decoding:
         tables = (model.tok_embeddings.weight, model.cls_embedding.embedding_table.weight)
         embed(ids, self.labels, position, tables, self.x)
         for layer, keys, values in zip(model.layers, *self.cache, strict=True):
-            self._run_layer(layer, (keys, values))
+            self._run_layer(cast(Block, layer), (keys, values))
         multiply(self.x, model.output.weight, self.logits, norm=model.norm)
         choose(self.logits, noise, position, drawing, ids, tokens, is_finite)
         position.add_(1)

@@ -53,9 +53,9 @@ def _divisors(
     if targets.totals is not None:
         totals = targets.totals.sum(1)
         totals = totals + (totals == 0)
-    if settings.normalize == "target":
+    if totals is not None and settings.normalize == "target":
         divisor = totals[0]
-    elif settings.normalize == "row":
+    elif totals is not None and settings.normalize == "row":
         weights = _slot_weights(targets, counted, wide)
         weight = (weights if class_weights is None else weights * class_weights).sum(1, keepdim=True)
         divisor = (weight + (weight == 0)) * totals[1]
@@ -113,7 +113,9 @@ def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
         scores.rows[MAXIMUM, chunk] = maximum.squeeze(1)
         scores.rows[REST, chunk] = rest
         if scores.predictions is not None:
-            predictions = arg_max if settings.softcap is None else logits[chunk].argmax(1, keepdim=True)
+            predictions = arg_max
+            if predictions is None or settings.softcap is not None:  # a cap may make the largest logits equal
+                predictions = logits[chunk].argmax(1, keepdim=True)
             scores.predictions[chunk] = predictions.squeeze(1)
             hit = (predictions == targets.groups[chunk]) & counted[chunk]
             scores.rows[ACCURACY, chunk] = hit.any(1).to(wide)
@@ -132,7 +134,7 @@ def _score_targets(
     log_total = torch.log1p(scores.rows[REST])
     nll = log_total.unsqueeze(1) + distances
     losses = nll if class_weights is None else class_weights * nll
-    if smooth is not None:
+    if smooth is not None and settings.label_smoothing is not None:
         if targets.class_weight is None:
             smooth = log_total - smooth
         else:
@@ -187,7 +189,7 @@ def torch_gradient(logits: Tensor, grad: Tensor, targets: Targets, scores: Score
     maxima, rests = scores.rows[MAXIMUM].unsqueeze(1), scores.rows[REST].unsqueeze(1)
     if penalty is not None:
         penalty = (penalty if scalar is None else penalty * scalar).unsqueeze(1)
-        idle &= penalty == 0
+        idle = idle & (penalty == 0)
         lse = maxima + torch.log1p(rests)
         surplus = surplus + 2 * (penalty * lse).masked_fill(penalty == 0, 0)
     softmax_weight = surplus + at_targets.sum(1, keepdim=True)
@@ -196,8 +198,7 @@ def torch_gradient(logits: Tensor, grad: Tensor, targets: Targets, scores: Score
     off_sure = surplus - softmax_weight * (rests / (1 + rests))
     scale = softmax_weight / (1 + rests)
     looks = _may_look(logits)
-    if looks and not idle.any():
-        idle = None
+    any_idle = not looks or bool(idle.any())
     for chunk in _chunks(logits):
         z = _capped(logits[chunk], targets, wide)
         at_ids, weights = ids[chunk], at_targets[chunk]
@@ -218,7 +219,7 @@ def torch_gradient(logits: Tensor, grad: Tensor, targets: Targets, scores: Score
             dz.sub_(spread[chunk] if by_id is None else spread[chunk] * by_id)
         if settings.softcap is not None:
             dz.mul_(1 - (z / settings.softcap).square())
-        if idle is not None:
+        if any_idle:
             dz.masked_fill_(idle[chunk], 0)
         if out is None:
             grad[chunk] = dz.to(grad.dtype)
