@@ -15,7 +15,7 @@ from torch import Tensor
 from npp_kernels.losses.scores import ACCURACY, ENTROPY, LOSS, LSE, MAXIMUM, REST, Scores
 from npp_kernels.losses.targets import Targets
 
-CHUNK_ELEMENTS = 1 << 18  # 1 MiB of fp32
+CHUNK_ELEMENTS = 1 << 18  # of each thread: 1 MiB of fp32
 
 
 def _may_look(tensor: Tensor) -> bool:
@@ -25,9 +25,13 @@ def _may_look(tensor: Tensor) -> bool:
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
     """Yield the rows that are worked on at a time."""
+    if torch.compiler.is_compiling():
+        yield slice(None)
+        return
     num_rows, vocab_size = logits.shape
-    step = max(CHUNK_ELEMENTS // vocab_size, 1)
-    if torch.compiler.is_compiling() or num_rows <= step:
+    # Threads share an operation, and wait for each other at its end.
+    step = max(CHUNK_ELEMENTS * torch.get_num_threads() // vocab_size, 1)
+    if num_rows <= step:
         yield slice(None)
         return
     for first in range(0, num_rows, step):
@@ -153,7 +157,7 @@ def _score_targets(
         weights = _slot_weights(targets, counted, distances.dtype)
         loss = (weights * losses).masked_fill(weights == 0, 0).sum(1)
     if divisor is not None:
-        loss = loss / divisor.view(-1)
+        loss = loss / (divisor.squeeze(1) if divisor.ndim else divisor)
     if penalty is not None or scores.predictions is not None:
         lse = scores.rows[MAXIMUM] + log_total
         if penalty is not None:
