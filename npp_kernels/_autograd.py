@@ -33,6 +33,14 @@ def refuse_transforms(name: str, *upstream: Tensor | None) -> None:
         )
 
 
+def wants_backward(tensor: Tensor) -> bool:
+    """Return whether a call on the PyTorch path has to go through its autograd function.
+
+    Without a gradient the function is 10 µs for nothing. Compiled code costs nothing, and its transforms need it.
+    """
+    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and tensor.requires_grad)
+
+
 class _NoSecondOrder(torch.autograd.Function):
     @staticmethod
     def forward(ctx, name, grad, *sources):

@@ -106,6 +106,11 @@ def check_id_range(groups: Tensor, vocab_size: int, ignore_index: int | None) ->
         return
     if groups.is_cuda and torch.cuda.is_current_stream_capturing():
         return
+    if not groups.numel():
+        return
+    smallest, largest = groups.aminmax()
+    if smallest.item() >= 0 and largest.item() < vocab_size:  # the rule, and quicker to see than every id by itself
+        return
     bad = (groups < 0) | (groups >= vocab_size)
     if ignore_index is not None:
         bad &= groups != ignore_index

@@ -98,10 +98,13 @@ class ModelConfig:
 
 
 class KeyValueCache(NamedTuple):
-    """Keys and values of every position so far, ``[num_layers, B, num_heads, H·W, head_dim]`` each."""
+    """Keys and values of every position so far, ``[B, num_heads, H·W, head_dim]`` for each layer.
 
-    keys: Tensor
-    values: Tensor
+    A tensor for each: compiled code that writes into a part of one writes the whole of it anew.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
 
 
 class CachedLayer(NamedTuple):
@@ -354,10 +357,11 @@ class Transformer(nn.Module):
     def make_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device | str) -> KeyValueCache:
         """Return an empty cache for `decode`."""
         config = self.config
-        shape = (config.num_layers, batch_size, config.num_heads, math.prod(config.grid), config.head_dim)
-        return KeyValueCache(
-            torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+        shape = (batch_size, config.num_heads, math.prod(config.grid), config.head_dim)
+        keys, values = (
+            tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)) for _ in range(2)
         )
+        return KeyValueCache(keys, values)
 
     def decode(self, ids: Tensor | None, labels: Tensor | None, position: Tensor, cache: KeyValueCache) -> Tensor:
         """Feed one position and return the logits of the token that follows it, fp32 ``[B, V]``.
@@ -370,7 +374,7 @@ class Transformer(nn.Module):
         hidden = (self.cls_embedding(labels) if ids is None else self.tok_embeddings(ids)).unsqueeze(1)
         position = position.reshape(1)
         rotary = rotary_embedding(position, self.config.grid[1], self.config.head_dim)
-        visible = torch.arange(cache.keys.shape[3], device=position.device).unsqueeze(0) <= position
+        visible = torch.arange(cache.keys[0].shape[2], device=position.device).unsqueeze(0) <= position
         norms = self._norms()
         normed = norms[0](hidden)
         for layer, following, keys, values in zip(self.layers, norms[1:], cache.keys, cache.values, strict=True):

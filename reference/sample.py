@@ -12,7 +12,7 @@ the tokenizer's decoder: int64 tokens ``[B, H, W]`` on the model's device in, fl
 1 out. Classes take turns, since the evaluator computes the Inception Score on stretches of 5,000 images.
 
 One step reads a key-value cache of fixed size, draws all ids on the device and moves the position on by itself. On a
-GPU it is captured once as a CUDA graph and replayed for every token.
+GPU its kernels (`reference.decoding`) are captured once as a CUDA graph, which is replayed for every token.
 """
 
 from __future__ import annotations
@@ -33,54 +33,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference.checkpoint import load_latest, load_model, read
+from reference.choosing import Drawing, draw, filter_logits
 from reference.codes import load_tokenizer
+from reference.decoding import Decoding, serves
 from reference.model import KeyValueCache, Transformer
 
 TILE_SIZE = 64  # pixels of a sample in the grid, at least
 TILE_GAP = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MIN_TEMPERATURE = 1e-6  # the likeliest id in all but name, and logits divided by it are still finite; see top_k=1
-TOP_P_TOLERANCE = 1e-13  # eight times 0.1 is less than 0.8 in fp64 as well
-WARM_UP_STEPS = 3  # before a capture: libraries set themselves up, torch.compile compiles
-
-
-def filter_logits(logits: Tensor, *, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
-    """Set the logits of unlikely ids to -inf: ``[..., V] -> [..., V]``.
-
-    >>> import torch
-    >>> logits = torch.tensor([0.5, 0.2, 0.2, 0.1]).log()
-    >>> filter_logits(logits, top_p=0.6).exp()  # the fewest ids that make up 0.6
-    tensor([0.5000, 0.2000, 0.0000, 0.0000])
-
-    Args:
-        logits: ``[..., V]``.
-        top_k: keep the k largest (and what equals the last of them).
-        top_p: then keep the fewest ids, the likeliest first, whose probabilities sum to at least this, give or take
-            1e-13. The sums are in fp64: in fp32, where the last of 16,384 ids have less than a sum's rounding, hundreds
-            are kept or lost by chance.
-    """
-    if top_k is not None:
-        smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest_kept, -math.inf)
-    if top_p < 1:
-        ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-        sums = ordered.double().softmax(-1).cumsum(-1)
-        before = F.pad(sums[..., :-1], (1, 0))
-        is_more = before >= top_p - TOP_P_TOLERANCE
-        logits = torch.empty_like(logits).scatter_(-1, ids, ordered.masked_fill(is_more, -math.inf))
-    return logits
-
-
-def draw(logits: Tensor, noise: Tensor) -> Tensor:
-    """Draw one id per row, with its softmax probability: ``[..., V] -> [...]``.
-
-    Args:
-        logits: fp32 ``[..., V]``.
-        noise: of the same shape, from the exponential distribution of rate 1.
-
-    The arg max of p/noise has distribution p; unlike `torch.multinomial` it needs no look at the values by the host.
-    """
-    return (logits.softmax(-1) / noise.clamp(min=torch.finfo(noise.dtype).tiny)).argmax(-1)
+WARM_UP_STEPS = 3  # before a capture: kernels are compiled, libraries set themselves up
 
 
 class Sampler:
@@ -98,8 +60,8 @@ class Sampler:
         guidance: scale of classifier-free guidance, ``uncond + guidance · (cond − uncond)``; at 1 the unconditional
             half is not computed.
         temperature: divides the logits; at least 1e-6.
-        top_k, top_p: as for `filter_logits`.
-        compile: run the model's step through `torch.compile`.
+        top_k, top_p: as for `reference.choosing.filter_logits`.
+        fast: whether the kernels of `reference.decoding` may serve it; they do on a GPU, for a model that is ``fast``.
 
     Raises:
         ValueError: an option out of range.
@@ -115,7 +77,7 @@ class Sampler:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float = 1.0,
-        compile: bool = False,
+        fast: bool = True,
     ):
         for name, value, is_good, expected in (
             ("batch_size", batch_size, batch_size >= 1, "at least 1"),
@@ -128,11 +90,8 @@ class Sampler:
                 raise ValueError(f"{name}: expected {expected}, got {value}")
         self.model = model
         self.batch_size = batch_size
-        self.guidance = guidance
-        self.temperature = temperature
-        self.top_k = top_k
-        self.top_p = top_p
-        self.decode = torch.compile(model.decode, fullgraph=True, dynamic=False) if compile else model.decode
+        self.drawing = Drawing(guidance, temperature, top_k, top_p)
+        self.decode = model.decode
 
         # Everything a step reads or writes stays where it is: the graph keeps addresses, not values.
         weight = model.output.weight
@@ -140,10 +99,14 @@ class Sampler:
         config = model.config
         self.cache: KeyValueCache = model.make_cache(rows, weight.dtype, weight.device)
         self.ids = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        self.labels = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         self.position = torch.zeros((), dtype=torch.int64, device=weight.device)
         self.noise = torch.ones(batch_size, config.vocab_size, device=weight.device)
         self.tokens = torch.zeros(batch_size, math.prod(config.grid), dtype=torch.int64, device=weight.device)
         self.is_finite = torch.ones((), dtype=torch.bool, device=weight.device)  # have all logits been, in this batch
+        self.kernels: Decoding | None = None
+        if fast and serves(model):
+            self.kernels = Decoding(model, self.cache, self.labels, self.position)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
@@ -169,44 +132,48 @@ class Sampler:
     def _sample_batch(self, labels: Tensor, generator: torch.Generator, bar: tqdm) -> Tensor:
         if self.ids.is_cuda and self.graph is None:
             self.graph = self._capture()
-        advance = self._step if self.graph is None else self.graph.replay
         number = len(labels)
         full = F.pad(labels, (0, self.batch_size - number))  # the last batch may be short
         unconditional = torch.full_like(full, self.model.config.num_classes)
+        self.labels.copy_(full if self.drawing.guidance == 1 else torch.cat((full, unconditional)))
         self.position.zero_()
         self.is_finite.fill_(True)
-        self.noise.exponential_(generator=generator)
-        logits = self.model.decode(
-            None, full if self.guidance == 1 else torch.cat((full, unconditional)), self.position, self.cache
-        )
-        self._choose(logits)
-        bar.update()
-        for _ in range(self.tokens.shape[1] - 1):
+        for index in range(self.tokens.shape[1]):
             self.noise.exponential_(generator=generator)
-            advance()
+            if index == 0 and self.kernels is None:
+                self._choose(self.model.decode(None, self.labels, self.position, self.cache))
+            elif self.graph is not None:
+                self.graph.replay()
+            else:
+                self._step()
             bar.update()
         if not self.is_finite:
-            for kept in self.cache:
+            for kept in (*self.cache.keys, *self.cache.values):
                 kept.zero_()  # NaN would come through the mask, into the next batch
             raise FloatingPointError(
                 "logits: expected finite numbers, got infinities or NaN: the model's weights are not finite, or the "
-                f"guidance of {self.guidance} or the temperature of {self.temperature} leads out of {self.noise.dtype}"
+                f"guidance of {self.drawing.guidance} or the temperature of {self.drawing.temperature} leads out of "
+                f"{self.noise.dtype}"
             )
         return self.tokens[:number].clone()
 
     def _step(self) -> None:
         """Feed the last ids, choose the next ones."""
-        ids = self.ids if self.guidance == 1 else self.ids.repeat(2)
+        if self.kernels is not None:
+            self.kernels.step(self.drawing, self.noise, self.ids, self.tokens, self.is_finite)
+            return
+        ids = self.ids if self.drawing.guidance == 1 else self.ids.repeat(2)
         self._choose(self.decode(ids, None, self.position, self.cache))
 
     def _choose(self, logits: Tensor) -> None:
         """Choose the next ids from the logits, keep them, and move on."""
-        if self.guidance != 1:
+        guidance, temperature, top_k, top_p = self.drawing
+        if guidance != 1:
             conditional, unconditional = logits.chunk(2)
-            logits = unconditional + self.guidance * (conditional - unconditional)
-        logits = logits / self.temperature
+            logits = unconditional + guidance * (conditional - unconditional)
+        logits = logits / temperature
         self.is_finite.logical_and_(logits.isfinite().all())
-        logits = filter_logits(logits, top_k=self.top_k, top_p=self.top_p)
+        logits = filter_logits(logits, top_k=top_k, top_p=top_p)
         self.ids.copy_(draw(logits, self.noise))
         self.tokens.index_copy_(1, self.position.view(1), self.ids.unsqueeze(1))
         self.position.add_(1)
@@ -332,7 +299,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32", help="of the model")
 
 
-def load_sampler(model: Transformer, options: argparse.Namespace, settings: dict[str, Any], **others: bool) -> Sampler:
+def load_sampler(model: Transformer, options: argparse.Namespace, settings: dict[str, Any]) -> Sampler:
     """Return the sampler that the command line describes; what it leaves open is as the run's settings say."""
     return Sampler(
         model,
@@ -341,7 +308,6 @@ def load_sampler(model: Transformer, options: argparse.Namespace, settings: dict
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        **others,
     )
 
 
@@ -351,7 +317,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_model_arguments(parser)
     parser.add_argument("--classes", type=int, nargs="+", help="which to sample; all by default")
     parser.add_argument("--per-class", type=positive, default=8, help="samples of each class")
-    parser.add_argument("--compile", action="store_true", help="run the model through torch.compile")
     parser.add_argument("--out", type=Path, help="PNG file for a grid, one row per class")
     parser.add_argument("--codes", type=Path, help=".npy file for the tokens, uint16 [N, H, W], classes taking turns")
     parser.add_argument("--decoder", help="MODULE:FUNCTION that turns tokens into images, where k-means does not")
@@ -371,7 +336,7 @@ def main() -> None:
     print(f"sampling from the {describe_weights(settings, options.weights)}")
     classes = options.classes or list(range(model.config.num_classes))
     labels = torch.tensor(classes * options.per_class)
-    sampler = load_sampler(model, options, settings, compile=options.compile)
+    sampler = load_sampler(model, options, settings)
     tokens = sampler(labels, torch.Generator(options.device).manual_seed(options.seed), progress=True)
     if options.codes:
         np.save(options.codes, tokens.cpu().numpy().astype(np.uint16))

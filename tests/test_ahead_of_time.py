@@ -38,6 +38,7 @@ from npp_kernels.embeddings.patch_mean import _patch_mean_kernel
 from npp_kernels.losses import exponential_rows, exponentials, gradient_kernels, row_kernels, targets
 from reference import attention, optimizer, swiglu
 from tests.conftest import INTERPRETED
+from tests.decode_cases import DECODE_CASES, HOPPER_DECODE_CASES
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled"),
@@ -349,6 +350,8 @@ HOPPER_CASES = {
     "score K=4 all options": (exponential_rows._score_exponentials_kernel, score_arguments(4, 1536, True)),
     "scale_rows": (exponential_rows._scale_rows_kernel, scale_rows_arguments()),
 }
+OPAQUE_CASES |= DECODE_CASES
+HOPPER_CASES |= HOPPER_DECODE_CASES
 ALL_CASES = CASES | OPAQUE_CASES | HOPPER_CASES
 
 

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from npp_kernels import group_tokens
+from reference.choosing import draw, filter_logits
 from reference.model import ModelConfig, Transformer
-from reference.sample import Sampler, decode_with, draw, filter_logits, save_grid
+from reference.sample import Sampler, decode_with, save_grid
 
 CONFIG = ModelConfig.named("tiny", vocab_size=50, grid=(4, 4), num_classes=10)
 
@@ -200,14 +201,15 @@ def test_decoder_network_output_becomes_bytes():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_graph_chooses_what_the_full_pass_chooses(compile, guidance):
+def test_graph_chooses_what_the_full_pass_chooses(fast, guidance):
     model = trained_model().cuda()
     labels = torch.tensor([1, 4, 9], device="cuda")
-    sampler = Sampler(model, batch_size=2, guidance=guidance, top_k=1, compile=compile)
+    sampler = Sampler(model, batch_size=2, guidance=guidance, top_k=1, fast=fast)
     tokens = sampler(labels, seeded(device="cuda"))
     assert sampler.graph is not None
+    assert (sampler.kernels is not None) == fast
     model.eval()
     with torch.no_grad():
         conditional = full_logits(model, tokens, labels)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npp_kernels._autograd import first_order_only, refuse_transforms
+from npp_kernels._autograd import first_order_only, refuse_transforms, wants_backward
 from npp_kernels._checks import (
     FLOATING_DTYPES,
     check_floating,
@@ -362,7 +362,8 @@ def _torch_forward(
     wide = torch.promote_types(table.dtype, torch.float32)
     # On 16 bit the operation rounds the sum before it divides, and some of its paths every partial sum.
     if ignore_index is None and out_dtype == table.dtype == wide and num_groups:
-        return F.embedding_bag(groups, table, mode="mean"), None
+        # Its mean takes longer than its sum and a division.
+        return F.embedding_bag(groups, table, mode="sum").div_(group_size), None
     ignored = None if ignore_index is None else groups == ignore_index
 
     def load_rows(slot: int) -> Tensor:
@@ -388,14 +389,20 @@ def _torch_backward(
     if not groups.numel():
         return torch.zeros((vocab_size, grad.shape[1]), dtype=dtype, device=grad.device)
     wide = torch.promote_types(dtype, torch.float32)
-    scaled = grad.to(wide) / (group_size if counts is None else counts.to(wide).clamp(min=1).unsqueeze(1))
+    scaled = grad.to(wide)
+    if counts is not None:
+        scaled = scaled / counts.to(wide).clamp(min=1).unsqueeze(1)
+    elif group_size > 1:
+        scaled = scaled / group_size
     ids = groups.flatten()
     num_segments = vocab_size
     if ignore_index is not None:
         ids = ids.masked_fill(ids == ignore_index, vocab_size)
         num_segments += 1  # the last, of what is ignored, is dropped
-    keys, order = torch.sort(ids, stable=True)
-    starts = torch.searchsorted(keys, torch.arange(num_segments, dtype=keys.dtype, device=keys.device))
+    order = torch.sort(ids, stable=True).indices
+    numbers = torch.zeros(num_segments, dtype=torch.int64, device=ids.device)
+    numbers.scatter_add_(0, ids.long(), torch.ones_like(order))
+    starts = numbers.cumsum(0) - numbers
     sums = F.embedding_bag(order // group_size, scaled, starts, mode="sum")
     return sums[:vocab_size].to(dtype)
 
@@ -471,5 +478,9 @@ def group_mean(
     check_id_range(groups, table.shape[0], ignore_index)
     flat = groups.reshape(-1, groups.shape[-1]).contiguous()
     rows = table if table.stride(-1) == 1 else table.contiguous()
-    out = _GroupMean.apply(rows, flat, ignore_index, table.dtype if out_dtype is None else out_dtype)
+    wanted_dtype = table.dtype if out_dtype is None else out_dtype
+    if runs_kernels(table) or wants_backward(table):
+        out = _GroupMean.apply(rows, flat, ignore_index, wanted_dtype)
+    else:
+        out, _ = _torch_forward(rows, flat, ignore_index, wanted_dtype)
     return out.view(*groups.shape[:-1], table.shape[1])

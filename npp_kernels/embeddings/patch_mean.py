@@ -9,7 +9,6 @@ over it in place; nothing is unfolded. Grids of lower rank are 3-D grids with ax
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -19,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from npp_kernels._autograd import first_order_only, refuse_transforms
+from npp_kernels._autograd import first_order_only, refuse_transforms, wants_backward
 from npp_kernels._checks import check_floating
 from npp_kernels._dispatch import cdiv, launch, next_power_of_2, runs_kernels
 from npp_kernels.grouping import MAX_GRID_RANK, Patch, resolve_geometry
@@ -127,15 +126,12 @@ def _torch_forward(embeddings: Tensor, grid: Sequence[int], patch: Sequence[int]
 
 
 def _torch_backward(grad: Tensor, grad_embeddings: Tensor, grid: Sequence[int], patch: Sequence[int]) -> None:
-    """Fill ``grad_embeddings [N, D]`` from the means' gradient ``[P, D]``, one place of all patches at a time."""
+    """Fill ``grad_embeddings [N, D]`` from the means' gradient ``[P, D]``."""
     split = [size for axis, step in zip(grid, patch, strict=True) for size in (axis // step, step)]
-    boxes = grad_embeddings.view(grad_embeddings.shape[0] // max(math.prod(grid), 1), *split, grad_embeddings.shape[1])
-    spread = grad / math.prod(patch)
-    for place in itertools.product(*map(range, patch)):
-        tokens = boxes
-        for axis, at in enumerate(place):
-            tokens = tokens.select(axis + 2, at)  # after the batch, and one axis of patches for each axis of the grid
-        tokens.copy_(spread.view(tokens.shape))
+    once = [size if index % 2 == 0 else 1 for index, size in enumerate(split)]  # of one place of all patches
+    images, hidden_size = grad_embeddings.shape[0] // max(math.prod(grid), 1), grad_embeddings.shape[1]
+    spread = (grad / math.prod(patch)).view(images, *once, hidden_size)
+    grad_embeddings.view(images, *split, hidden_size).copy_(spread)
 
 
 class _PatchMean(torch.autograd.Function):
@@ -208,4 +204,8 @@ def patch_mean(embeddings: Tensor, patch: Patch, *, grid: Sequence[int] | None =
         return embeddings.reshape(*leading, num_patches, hidden_size)
     refuse_transforms("patch_mean")
     flat = embeddings.reshape(math.prod(leading) * math.prod(grid_sizes), hidden_size).contiguous()
-    return _PatchMean.apply(flat, grid_sizes, sizes).view(*leading, num_patches, hidden_size)
+    if runs_kernels(flat) or wants_backward(flat):
+        means = _PatchMean.apply(flat, grid_sizes, sizes)
+    else:
+        means = _torch_forward(flat, grid_sizes, sizes)
+    return means.view(*leading, num_patches, hidden_size)

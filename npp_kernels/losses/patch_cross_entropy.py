@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from npp_kernels._autograd import first_order_only, refuse_transforms
+from npp_kernels._autograd import first_order_only, refuse_transforms, wants_backward
 from npp_kernels._checks import check_floating, check_groups, check_id_range, check_same_device, described, rows_overlap
 from npp_kernels._dispatch import runs_kernels
 from npp_kernels.losses.gradient_kernels import launch_gradient, launch_scale
@@ -39,25 +39,29 @@ class Wishes(NamedTuple):
     stats: bool
 
 
-def returned(ctx: Any, loss: Tensor | None, scores: Scores) -> tuple[Tensor, ...]:
-    """Return what an autograd function returns: the loss, and for statistics the rows and the predictions."""
+def found(loss: Tensor | None, scores: Scores) -> tuple[Tensor, ...]:
+    """Return the loss, and for statistics the rows and the predictions."""
     if loss is None:
         loss = scores.rows[LOSS].sum() if scores.losses is None else scores.losses
+    return (loss,) if scores.predictions is None else (loss, scores.rows, scores.predictions)
+
+
+def returned(ctx: Any, loss: Tensor | None, scores: Scores) -> tuple[Tensor, ...]:
+    """Return the same from an autograd function."""
     ctx.set_materialize_grads(False)
-    if scores.predictions is None:
-        return (loss,)
-    ctx.mark_non_differentiable(scores.rows, scores.predictions)
-    return loss, scores.rows, scores.predictions
+    results = found(loss, scores)
+    ctx.mark_non_differentiable(*results[1:])
+    return results
 
 
 def shaped_result(results: tuple[Tensor, ...], groups: Tensor) -> Tensor | tuple[Tensor, PatchLossStats]:
     """Return the loss, per target in the shape of ``groups``, and the statistics, where there are any."""
-    loss, *found = results
+    loss, *others = results
     if loss.ndim:
         loss = loss.view(groups.shape)
-    if not found:
+    if not others:
         return loss
-    rows, predictions = found
+    rows, predictions = others
     shape = groups.shape[:-1]
     lse, accuracy, entropy = (rows[row].float().view(shape) for row in (LSE, ACCURACY, ENTROPY))
     return loss, PatchLossStats(lse, accuracy, entropy, predictions.view(shape))
@@ -232,5 +236,10 @@ def patch_cross_entropy(
     targets, ticket = find_targets(flat_groups, options, like=logits)
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     wishes = Wishes(reduction == "none", wants_grad, inplace, return_stats)
-    results = _PatchCrossEntropy.apply(flat_logits, *targets[:-1], ticket, targets.settings, wishes)
+    if runs_kernels(flat_logits) or wants_backward(flat_logits):
+        results = _PatchCrossEntropy.apply(flat_logits, *targets[:-1], ticket, targets.settings, wishes)
+    else:
+        scores = Scores.empty(targets, logits.dtype, per_target=wishes.per_target, stats=return_stats)
+        torch_loss(flat_logits, targets, scores)
+        results = found(None, scores)
     return shaped_result(results, groups)

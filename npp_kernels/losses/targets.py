@@ -160,10 +160,10 @@ def _torch_totals(
 ) -> Tensor:
     """`_count_targets` in PyTorch: totals ``[2, 1]``."""
     counted = groups != ignore_index
-    weight = counted.to(wide) if class_weight is None else _class_weights_of(groups, counted, class_weight)
+    weight = counted if class_weight is None else _class_weights_of(groups, counted, class_weight)
     if slot_weights is not None:
         weight = weight * slot_weights
-    return torch.stack([weight.sum(), counted.any(1).sum().to(wide)]).view(2, 1)
+    return torch.stack([weight.sum(dtype=wide), counted.any(1).sum(dtype=wide)]).view(2, 1)
 
 
 def _constant_tensor(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

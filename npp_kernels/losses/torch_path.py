@@ -9,44 +9,64 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from npp_kernels.losses.scores import ACCURACY, ENTROPY, LOSS, LSE, MAXIMUM, REST, Scores
 from npp_kernels.losses.targets import Targets
 
-CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 18  # of each thread: 1 MiB of fp32
 
 
-def _chunks(logits: Tensor, targets: Targets) -> Iterator[slice]:
+def _may_look(tensor: Tensor) -> bool:
+    """Return whether values may decide what is computed: a GPU would make the host wait, compiled code would break."""
+    return tensor.is_cpu and not torch.compiler.is_compiling()
+
+
+def _chunks(logits: Tensor) -> Iterator[slice]:
     """Yield the rows that are worked on at a time."""
     if torch.compiler.is_compiling():
         yield slice(None)
         return
-    step = max(CHUNK_ELEMENTS // max(logits.shape[1], targets.groups.shape[1] ** 2), 1)
-    for first in range(0, logits.shape[0], step):
+    num_rows, vocab_size = logits.shape
+    # Threads share an operation, and wait for each other at its end.
+    step = max(CHUNK_ELEMENTS * torch.get_num_threads() // vocab_size, 1)
+    if num_rows <= step:
+        yield slice(None)
+        return
+    for first in range(0, num_rows, step):
         yield slice(first, first + step)
 
 
-def _coefficients(targets: Targets, wide: torch.dtype) -> tuple[Tensor, Tensor | float, Tensor]:
-    """Return the coefficients, without the weights by id, and these; and what multiplies the rows' squared lse."""
-    counted = targets.groups != targets.settings.ignore_index
-    weights: Tensor = counted.to(wide)
-    class_weights: Tensor | float = 1.0
-    if targets.slot_scale is not None:
-        weights = weights * targets.slot_scale
-    if targets.class_weight is not None:
-        class_weights = targets.class_weight[targets.groups.masked_fill(~counted, 0).long()]
-    penalty = counted.any(1).to(wide) * (targets.settings.z_loss or 0.0)
+def _ids(targets: Targets, counted: Tensor) -> Tensor:
+    """Return the groups as indices, 0 where a target does not count."""
+    return targets.groups.long() * counted
+
+
+def _slot_weights(targets: Targets, counted: Tensor, wide: torch.dtype) -> Tensor:
+    """Return the weight of each target by its slot, 0 where it does not count."""
+    return counted.to(wide) if targets.slot_scale is None else counted * targets.slot_scale
+
+
+def _divisors(
+    targets: Targets, counted: Tensor, class_weights: Tensor | None, wide: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what divides the weights, one number or ``[N, 1]``; and what multiplies the rows' squared lse."""
+    settings = targets.settings
+    divisor = penalty = totals = None
     if targets.totals is not None:
         totals = targets.totals.sum(1)
-        totals = torch.where(totals == 0, 1, totals)
-        penalty = penalty / totals[1]
-        if targets.settings.normalize == "target":
-            weights = weights / totals[0]
-        elif targets.settings.normalize == "row":
-            row_weight = (weights * class_weights).sum(1, keepdim=True)
-            weights = weights / (torch.where(row_weight == 0, 1, row_weight) * totals[1])
-    return weights, class_weights, penalty
+        totals = totals + (totals == 0)
+    if totals is not None and settings.normalize == "target":
+        divisor = totals[0]
+    elif totals is not None and settings.normalize == "row":
+        weights = _slot_weights(targets, counted, wide)
+        weight = (weights if class_weights is None else weights * class_weights).sum(1, keepdim=True)
+        divisor = (weight + (weight == 0)) * totals[1]
+    if settings.z_loss is not None:
+        penalty = counted.any(1).to(wide) * settings.z_loss
+        penalty = penalty if totals is None else penalty / totals[1]
+    return divisor, penalty
 
 
 def _capped(logits: Tensor, targets: Targets, wide: torch.dtype) -> Tensor:
@@ -55,53 +75,96 @@ def _capped(logits: Tensor, targets: Targets, wide: torch.dtype) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def _rest_of(exponentials: Tensor) -> Tensor:
+    """Return each row's sum without one maximum, whose exponential is 1; the values decide what is computed.
+
+    A sum of at least 2, less 1, is as exact as it was. A smaller one has rounded the others away beside the 1; there no
+    other element can be 1, so that leaving out what is 1 leaves out the maximum.
+    """
+    rest = exponentials.sum(1) - 1
+    sure = rest < 1  # which NaN is not
+    if sure.any():
+        # To leave out what is 1 by a threshold takes a fifth of the time of a mask.
+        rest[sure] = F.threshold(exponentials[sure].neg_(), -1, 0).sum(1).neg_()
+    return rest
+
+
 def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
     """`launch_loss` in PyTorch, without the gradient: fill ``scores``."""
     wide = scores.rows.dtype
     settings = targets.settings
-    coefficients, class_weights, penalty = _coefficients(targets, wide)
-    for chunk in _chunks(logits, targets):
+    counted = targets.groups != settings.ignore_index
+    ids = _ids(targets, counted)
+    # To find where the maximum is takes longer than its exponentials: it is done only where values may not decide.
+    indexed = scores.predictions is not None or not _may_look(logits)
+    distances = torch.empty(ids.shape, dtype=wide, device=logits.device)  # of the targets, below the maximum
+    smooth = torch.empty_like(scores.rows[REST]) if settings.label_smoothing is not None else None
+    below: Tensor | None = None
+    for chunk in _chunks(logits):
         z = _capped(logits[chunk], targets, wide)
-        groups = targets.groups[chunk]
-        counted = groups != settings.ignore_index
-        maximum, arg_max = z.max(1, keepdim=True)
-        below = z - maximum
-        exponentials = torch.exp(below)
-        # One maximum must not round the others away; where it is infinite or NaN, so is what comes of it.
-        rest = exponentials.scatter_(1, arg_max, 0).sum(1) + (maximum - maximum).squeeze(1)
-        log_total = torch.log1p(rest)
-        nll = log_total.unsqueeze(1) - below.gather(1, groups.masked_fill(~counted, 0).long())
-        of_ids = class_weights if isinstance(class_weights, float) else class_weights[chunk]
-        losses = of_ids * nll
-        if settings.label_smoothing is not None:
-            if targets.class_weight is None:
-                smooth = log_total - below.mean(1)
-            else:
-                smooth = (targets.class_weight[-1] * log_total - below @ targets.class_weight[:-1]) / below.shape[1]
-            losses = (1 - settings.label_smoothing) * losses + settings.label_smoothing * smooth.unsqueeze(1)
-        if scores.probabilities is not None:
-            probabilities = torch.exp(-nll).masked_fill(~counted, 0)
-            scores.probabilities[chunk] = probabilities
-            losses = losses * probabilities
-        losses = losses.masked_fill(~counted, 0)
-        # A target that weighs nothing may have an infinite loss.
-        loss = (coefficients[chunk] * losses).masked_fill(coefficients[chunk] == 0, 0).sum(1)
-        lse = maximum.squeeze(1) + log_total
-        if settings.z_loss is not None:
-            loss = loss + (penalty[chunk] * lse.square()).masked_fill(penalty[chunk] == 0, 0)
-        scores.rows[LOSS, chunk] = loss
+        maximum, arg_max = z.max(1, keepdim=True) if indexed else (z.amax(1, keepdim=True), None)
+        distances[chunk] = maximum - z.gather(1, ids[chunk])
+        # The last chunk's memory again where that may be: fresh memory takes longer than to fill it.
+        below = torch.sub(z, maximum, out=None if indexed or below is None else below[: len(z)])
+        if smooth is not None:
+            smooth[chunk] = below.mean(1) if targets.class_weight is None else below @ targets.class_weight[:-1]
+        if arg_max is None:
+            rest = _rest_of(below.exp_())
+        else:
+            # One maximum must not round the others away; where it is infinite or NaN, so is what comes of it.
+            exponentials = torch.exp(below).scatter_(1, arg_max, 0)
+            rest = exponentials.sum(1) + (maximum - maximum).squeeze(1)
         scores.rows[MAXIMUM, chunk] = maximum.squeeze(1)
         scores.rows[REST, chunk] = rest
-        if scores.losses is not None:
-            scores.losses[chunk] = losses
         if scores.predictions is not None:
-            predictions = arg_max if settings.softcap is None else logits[chunk].argmax(1, keepdim=True)
+            predictions = arg_max
+            if predictions is None or settings.softcap is not None:  # a cap may make the largest logits equal
+                predictions = logits[chunk].argmax(1, keepdim=True)
             scores.predictions[chunk] = predictions.squeeze(1)
-            hit = (predictions == groups) & counted
-            scores.rows[LSE, chunk] = lse
+            hit = (predictions == targets.groups[chunk]) & counted[chunk]
             scores.rows[ACCURACY, chunk] = hit.any(1).to(wide)
             weighted = (exponentials * below).masked_fill(exponentials == 0, 0)
-            scores.rows[ENTROPY, chunk] = log_total - weighted.sum(1) / (1 + rest)
+            scores.rows[ENTROPY, chunk] = torch.log1p(rest) - weighted.sum(1) / (1 + rest)
+    _score_targets(distances, smooth, counted, ids, targets, scores)
+
+
+def _score_targets(
+    distances: Tensor, smooth: Tensor | None, counted: Tensor, ids: Tensor, targets: Targets, scores: Scores
+) -> None:
+    """Fill in the losses of targets and rows; ``smooth`` is a row's mean logit or ``Σ w_v z_v``, less the maximum."""
+    settings = targets.settings
+    class_weights = None if targets.class_weight is None else targets.class_weight[ids]
+    divisor, penalty = _divisors(targets, counted, class_weights, distances.dtype)
+    log_total = torch.log1p(scores.rows[REST])
+    nll = log_total.unsqueeze(1) + distances
+    losses = nll if class_weights is None else class_weights * nll
+    if smooth is not None and settings.label_smoothing is not None:
+        if targets.class_weight is None:
+            smooth = log_total - smooth
+        else:
+            smooth = (targets.class_weight[-1] * log_total - smooth) / (targets.class_weight.shape[0] - 1)
+        losses = (1 - settings.label_smoothing) * losses + settings.label_smoothing * smooth.unsqueeze(1)
+    if scores.probabilities is not None:
+        probabilities = torch.exp(-nll).masked_fill(~counted, 0)
+        scores.probabilities.copy_(probabilities)
+        losses = losses * probabilities
+    if scores.losses is not None:
+        scores.losses.copy_(losses.masked_fill(~counted, 0))
+    # A target that weighs nothing may have an infinite loss.
+    if targets.slot_scale is None:
+        loss = losses.masked_fill(~counted, 0).sum(1)
+    else:
+        weights = _slot_weights(targets, counted, distances.dtype)
+        loss = (weights * losses).masked_fill(weights == 0, 0).sum(1)
+    if divisor is not None:
+        loss = loss / (divisor.squeeze(1) if divisor.ndim else divisor)
+    if penalty is not None or scores.predictions is not None:
+        lse = scores.rows[MAXIMUM] + log_total
+        if penalty is not None:
+            loss = loss + (penalty * lse.square()).masked_fill(penalty == 0, 0)
+        if scores.predictions is not None:
+            scores.rows[LSE] = lse
+    scores.rows[LOSS] = loss
 
 
 def torch_gradient(logits: Tensor, grad: Tensor, targets: Targets, scores: Scores, upstream: Tensor) -> None:
@@ -110,36 +173,57 @@ def torch_gradient(logits: Tensor, grad: Tensor, targets: Targets, scores: Score
     wide = scores.rows.dtype
     settings = targets.settings
     smoothing = settings.label_smoothing or 0.0
-    coefficients, class_weights, penalty = _coefficients(targets, wide)
+    counted = targets.groups != settings.ignore_index
+    ids = _ids(targets, counted)
+    class_weights = None if targets.class_weight is None else targets.class_weight[ids]
+    divisor, penalty = _divisors(targets, counted, class_weights, wide)
+    coefficients = _slot_weights(targets, counted, wide)
+    coefficients = coefficients if divisor is None else coefficients / divisor
     scalar, per_target = scores.split_upstream(upstream)
     for factor in (scalar, per_target):
         coefficients = coefficients if factor is None else coefficients * factor
-    if scalar is not None:
-        penalty = penalty * scalar
-    idle = (coefficients == 0).all(1, keepdim=True) & (penalty == 0).unsqueeze(1)
-    spread = smoothing / vocab_size * coefficients.sum(1, keepdim=True)  # what each logit loses to label smoothing
-    by_id = None if targets.class_weight is None else targets.class_weight[:-1]
-    surplus = spread * (vocab_size if targets.class_weight is None else targets.class_weight[-1])
-    lse = scores.rows[MAXIMUM] + torch.log1p(scores.rows[REST])
-    surplus = surplus + 2 * (penalty * lse).masked_fill(penalty == 0, 0).unsqueeze(1)
-    at_targets = (1 - smoothing) * coefficients * class_weights
+    idle = (coefficients == 0).all(1, keepdim=True)
+    at_targets = coefficients if class_weights is None else coefficients * class_weights
+    surplus: Tensor | float = 0.0
+    if smoothing:
+        at_targets = at_targets * (1 - smoothing)
+        spread = smoothing / vocab_size * coefficients.sum(1, keepdim=True)  # what each logit loses to label smoothing
+        by_id = None if targets.class_weight is None else targets.class_weight[:-1]
+        surplus = spread * (vocab_size if targets.class_weight is None else targets.class_weight[-1])
+    maxima, rests = scores.rows[MAXIMUM].unsqueeze(1), scores.rows[REST].unsqueeze(1)
+    if penalty is not None:
+        penalty = (penalty if scalar is None else penalty * scalar).unsqueeze(1)
+        idle = idle & (penalty == 0)
+        lse = maxima + torch.log1p(rests)
+        surplus = surplus + 2 * (penalty * lse).masked_fill(penalty == 0, 0)
     softmax_weight = surplus + at_targets.sum(1, keepdim=True)
-    for chunk in _chunks(logits, targets):
+    # Where a target is the one logit with more than half of the softmax, `softmax_weight · p` and its coefficient are
+    # nearly equal; there p = 1 - rest / (1 + rest), and what cancels is left out beforehand.
+    off_sure = surplus - softmax_weight * (rests / (1 + rests))
+    scale = softmax_weight / (1 + rests)
+    looks = _may_look(logits)
+    any_idle = not looks or bool(idle.any())
+    for chunk in _chunks(logits):
         z = _capped(logits[chunk], targets, wide)
-        ids = targets.groups[chunk].masked_fill(targets.groups[chunk] == settings.ignore_index, 0).long()
-        maximum, rest = (scores.rows[row, chunk].unsqueeze(1) for row in (MAXIMUM, REST))
-        # Where a target is the one logit with more than half of the softmax, `softmax_weight · p` and its coefficient
-        # are nearly equal; there p = 1 - rest / (1 + rest), and what cancels is left out beforehand.
-        sure = (z.gather(1, ids) == maximum) & (rest < 1)
-        others = at_targets[chunk].masked_fill(sure, 0).sum(1, keepdim=True)
-        at_sure = (others + surplus[chunk]) - softmax_weight[chunk] * (rest / (1 + rest))
-        dz = torch.exp(z - maximum).mul_(softmax_weight[chunk] / (1 + rest))
+        at_ids, weights = ids[chunk], at_targets[chunk]
+        sure = (z.gather(1, at_ids) == maxima[chunk]) & (rests[chunk] < 1)
+        # The gradient's own memory where that has its dtype; the logits there, if any, have been read by then.
+        out = grad[chunk] if looks and grad.dtype == wide and settings.softcap is None else None
+        dz = torch.sub(z, maxima[chunk], out=out).exp_().mul_(scale[chunk])
+        others = weights.masked_fill(sure, 0).sum(1, keepdim=True)
+        softmax = dz.gather(1, at_ids)
         # What equal targets take away is added up first: taken from p one after the other, each would be rounded.
-        equals = ids.unsqueeze(2) == ids.unsqueeze(1)
-        taken = (equals * at_targets[chunk].unsqueeze(1)).sum(2)
-        dz.scatter_(1, ids, torch.where(sure, at_sure, dz.gather(1, ids) - taken))
-        if settings.label_smoothing is not None:
+        if looks:
+            weights = dz.scatter_(1, at_ids, 0).scatter_add_(1, at_ids, weights).gather(1, at_ids)
+        else:  # where additions have no order
+            equals = at_ids.unsqueeze(2) == at_ids.unsqueeze(1)
+            weights = (equals * weights.unsqueeze(1)).sum(2)
+        dz.scatter_(1, at_ids, torch.where(sure, others + off_sure[chunk], softmax - weights))
+        if smoothing:
             dz.sub_(spread[chunk] if by_id is None else spread[chunk] * by_id)
         if settings.softcap is not None:
             dz.mul_(1 - (z / settings.softcap).square())
-        grad[chunk] = dz.masked_fill_(idle[chunk], 0).to(grad.dtype)
+        if any_idle:
+            dz.masked_fill_(idle[chunk], 0)
+        if out is None:
+            grad[chunk] = dz.to(grad.dtype)
