@@ -203,7 +203,7 @@ def gradient_arguments(dtype, group_size, per_target):
     return {
         **loss_arguments(dtype, group_size, everything=not per_target, totals=not per_target),
         "upstream_ptr": None if per_target else "*fp32", "target_upstream_ptr": "*fp32" if per_target else None,
-        "num_rows": "i32", "SKIP_UNIT": not per_target,
+        "num_rows": "i32", "first_id": None, "num_ids": None, "SKIP_UNIT": not per_target,
         "BLOCK_VOCAB": gradient_kernels.GRADIENT_BLOCK, "EVEN": per_target, "num_warps": 8,
     }  # fmt: skip
 

@@ -34,7 +34,7 @@ GRADIENT_BLOCK = 8192
 GRADIENT_PROGRAMS = 8
 
 
-@triton.jit(do_not_specialize=["ignore_index", "num_rows", "rows_stride"])
+@triton.jit(do_not_specialize=["ignore_index", "num_rows", "rows_stride", "first_id", "num_ids"])
 def _gradient_kernel(
     logits_ptr,  # [num_rows, vocab_size]
     grad_ptr,  # [num_rows, vocab_size] out; may be logits_ptr
@@ -46,13 +46,16 @@ def _gradient_kernel(
     upstream_ptr,  # [] or None
     target_upstream_ptr,  # [num_rows, GROUP_SIZE] or None
     num_rows, logits_stride, grad_stride, rows_stride, vocab_size, ignore_index, label_smoothing, z_loss, softcap,
+    first_id, num_ids,  # of a slice of the vocabulary, and of the whole; None where the whole is here
     NORMALIZE: tl.constexpr, SKIP_UNIT: tl.constexpr, OVERLAP: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr, BLOCK_OTHERS: tl.constexpr, NUM_PARTIALS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr,
     BLOCK_VOCAB: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One program writes every num_programs-th block of BLOCK_VOCAB gradients.
 
-    With SKIP_UNIT the gradient for an upstream of 1 is there already, and there is nothing to do if it is 1.
+    With SKIP_UNIT the gradient for an upstream of 1 is there already, and there is nothing to do if it is 1. Where the
+    logits are a slice of the vocabulary, their number is ``vocab_size``; targets and class weights have ids of the
+    whole.
     """
     PRECISE: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
     EARLY: tl.constexpr = BLOCK_SLOTS <= 16  # logits are asked for before all else, where registers are left for it
@@ -79,8 +82,11 @@ def _gradient_kernel(
         if EARLY:
             raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf"))
         targets = tl.load(groups_row + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
+        whole_size = vocab_size
+        if num_ids is not None:
+            whole_size = num_ids
         weights, class_weights, counted, in_range = find_weights(
-            targets, slots, slot_scale_ptr, class_weight_ptr, vocab_size, ignore_index, GROUP_SIZE
+            targets, slots, slot_scale_ptr, class_weight_ptr, whole_size, ignore_index, GROUP_SIZE
         )
         totals = load_totals(totals_ptr, NUM_PARTIALS, BLOCK_PARTIALS)
         divisor = find_divisor(tl.sum(weights * class_weights, axis=0), totals, NORMALIZE)
@@ -99,12 +105,15 @@ def _gradient_kernel(
             log_total = tl.where(rest < 1.0, log1p(rest), tl.log(1.0 + rest))
             slope = tl.where(penalty == 0, 0.0, 2.0 * penalty * (maximum + log_total))
         softmax_weight, surplus, spread, smoothing_rest = gradient_terms(
-            weights, class_weights, divisor, slope, label_smoothing, class_weight_ptr, vocab_size
+            weights, class_weights, divisor, slope, label_smoothing, class_weight_ptr, whole_size
         )
         weights *= class_weights
         equal_weights = sum_equal_weights(groups_row, targets, weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS)
 
-        # Targets of this block only; the others belong to programs of their own.
+        # Targets of this block only; the others belong to programs of their own, or to other ranks.
+        if first_id is not None:
+            targets -= first_id
+            in_range = in_range & (targets < vocab_size)
         in_block = in_range & (targets >= first) & (targets < first + BLOCK_VOCAB)
         target_logits = capped(tl.load(logits_row + targets, mask=in_block, other=0.0).to(tl.float32), softcap)
         at_targets = gradient_at_targets(
@@ -117,7 +126,10 @@ def _gradient_kernel(
         logits = capped(raw.to(tl.float32), softcap)
         by_id = spread
         if label_smoothing is not None:
-            by_id = times_class_weights(spread, class_weight_ptr, offsets, mask)
+            ids = offsets
+            if first_id is not None:
+                ids += first_id
+            by_id = times_class_weights(spread, class_weight_ptr, ids, mask)
         weighted_softmax = exp(logits - maximum, PRECISE) * divide(softmax_weight, 1.0 + rest)
         gradient = gradient_away_from_targets(weighted_softmax, logits, by_id, idle, softcap)
         tl.store(grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
@@ -165,7 +177,7 @@ def launch_gradient(
     grid, block_vocab = _gradient_blocks(logits)
     rows = scores.rows[MAXIMUM:]
     scalar, per_target = scores.split_upstream(upstream)
-    settings = targets.settings
+    settings, shard = targets.settings, targets.shard
     launch(
         _gradient_kernel,
         grid,
@@ -187,6 +199,8 @@ def launch_gradient(
         settings.label_smoothing,
         settings.z_loss,
         settings.softcap,
+        None if shard is None else shard.start,
+        None if shard is None else shard.vocab_size,
         SKIP_UNIT=skip_unit,
         early=True,
         BLOCK_VOCAB=block_vocab,

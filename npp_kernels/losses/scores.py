@@ -56,6 +56,40 @@ class Scores(NamedTuple):
         return None, upstream if self.probabilities is None else upstream * self.probabilities
 
 
+class Measures(NamedTuple):
+    """What each rank measures on its slice of the vocabulary, and the group then reduces; in the accumulation dtype.
+
+    ``R_p = Σ_r rest_rp + (Σ_r holders_rp − 1)``: every rank that has a logit equal to the maximum leaves out one of
+    them and says so, and of all these one stays left out.
+    """
+
+    maxima: Tensor  # [1, N], or [2, N] with statistics: the largest logit, and that before a softcap
+    sums: Tensor  # [2 + K or more, N]: all that follows but the predictions, in one piece of memory
+    rest: Tensor  # [N]: the sum of exponentials without one maximum
+    holders: Tensor  # [N]: 1 if that one was left out here
+    distances: Tensor  # [K, N]: the targets' below the maximum, 0 for those of other ranks
+    shortfall: Tensor | None  # [N]: Σ_v w_v (m − z_v), for label smoothing
+    weighted_sum: Tensor | None  # [N]: Σ_v exp(z_v − m) (z_v − m), for statistics
+    predictions: Tensor | None  # [N] int64: the id of the largest logit before a softcap
+
+    @classmethod
+    def empty(cls, targets: Targets, scores: Scores) -> Measures:
+        """Return room for the measures that the ``scores`` need."""
+        num_rows, group_size = targets.groups.shape
+        smoothed, stats = targets.settings.label_smoothing is not None, scores.predictions is not None
+        sums = scores.rows.new_empty((2 + group_size + smoothed + stats, num_rows))
+        return cls(
+            scores.rows.new_empty((1 + stats, num_rows)),
+            sums,
+            sums[0],
+            sums[1],
+            sums[2 : 2 + group_size],
+            sums[2 + group_size] if smoothed else None,
+            sums[-1] if stats else None,
+            torch.empty_like(scores.predictions) if stats else None,
+        )
+
+
 @triton.jit
 def find_anchor(target_logits, in_range):
     """Return a logit that the others are taken from before they are summed up: their sum must not depend on an offset.
