@@ -29,6 +29,7 @@ from tests.inputs import peaky_logits, skewed_ids
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # the interpreter truncates bfloat16
 SIZES = {1: [75], 2: [53, 22], 4: [30, 1, 24, 20]}  # uneven, one rank with a single id
+ROWS = 6 if INTERPRETED else 23  # which takes seconds for what others do in milliseconds
 SLOT_WEIGHTS = (1.0, 0.5, 0.25, 2.0)
 OPTIONS = [
     {},
@@ -57,6 +58,7 @@ class Ranks:
 
     def __init__(self, rank, world, device):
         self.rank, self.world, self.device = rank, world, device
+        self.runs_kernels = INTERPRETED or device.type == "cuda"
         self.sizes = SIZES[world]
         self.vocab_size = sum(self.sizes)
         self.shard = VocabularyShard.of(self.sizes[rank])
@@ -103,7 +105,7 @@ def run(function, inputs, groups, upstream, **options):
 def upstreams(ranks, groups, options):
     if options.get("reduction") == "none":
         return [torch.rand(groups.shape, device=ranks.device)]
-    return [torch.tensor(value, device=ranks.device) for value in (1.0, 1.7)]
+    return [torch.tensor(value, device=ranks.device) for value in ([1.7] if INTERPRETED else [1.0, 1.7])]
 
 
 def logits_case(options, dtype):
@@ -111,8 +113,8 @@ def logits_case(options, dtype):
 
     def case(ranks):
         made = ranks.options(options)
-        groups = ranks.groups(23, 4)
-        logits = peaky_logits(23, ranks.vocab_size, dtype=dtype, device=ranks.device)
+        groups = ranks.groups(ROWS, 4)
+        logits = peaky_logits(ROWS, ranks.vocab_size, dtype=dtype, device=ranks.device)
         for upstream in upstreams(ranks, groups, options):
             check_logits(ranks, logits, groups, upstream, made)
 
@@ -144,8 +146,8 @@ def linear_case(options, dtype, with_bias, chunk_rows):
 
     def case(ranks):
         made = ranks.options(options)
-        groups = ranks.groups(23, 4)
-        hidden = torch.randn(23, 16, dtype=dtype, device=ranks.device)
+        groups = ranks.groups(ROWS, 4)
+        hidden = torch.randn(ROWS, 16, dtype=dtype, device=ranks.device)
         weight = torch.randn(ranks.vocab_size, 16, device=ranks.device).to(dtype)
         bias = torch.randn(ranks.vocab_size, device=ranks.device).to(dtype) if with_bias else None
 
@@ -191,8 +193,8 @@ def mean_case(dtype, group_size, ignore_index, out_dtype):
 
     def case(ranks):
         table = torch.randn(ranks.vocab_size, 24, device=ranks.device).to(dtype)
-        groups = ranks.groups(60, group_size, ignored=0.0 if ignore_index is None else 0.3)
-        upstream = torch.randn(60, 24, device=ranks.device)
+        groups = ranks.groups(2 * ROWS, group_size, ignored=0.0 if ignore_index is None else 0.3)
+        upstream = torch.randn(2 * ROWS, 24, device=ranks.device)
         options = {"ignore_index": ignore_index}
         results = []
         for part, more in (
@@ -217,7 +219,7 @@ def mean_case(dtype, group_size, ignore_index, out_dtype):
         assert_within_budget(grad, eager_grad, exact, what="gradient", scale=scale)
         if group_size == 1:  # a row and zeros: no sum rounds
             assert torch.equal(means, one_means)
-        if group_size in (1, 4) and ranks.device.type == "cpu" and not INTERPRETED:
+        if group_size in (1, 4) and not ranks.runs_kernels:
             assert torch.equal(grad, ranks.mine(one_grad))  # every id sums the same positions in the same order
 
     return case
@@ -227,13 +229,13 @@ def sure_case(gap, offset):
     """A row that is sure of its target keeps a positive loss, and its gradient the right sign, at any offset."""
 
     def case(ranks):
-        logits = 0.5 * torch.randn(40, ranks.vocab_size, device=ranks.device) + offset
-        groups = skewed_ids(ranks.vocab_size, (40, 1), device=ranks.device)
+        logits = 0.5 * torch.randn(ROWS, ranks.vocab_size, device=ranks.device) + offset
+        groups = skewed_ids(ranks.vocab_size, (ROWS, 1), device=ranks.device)
         logits.scatter_add_(1, groups, torch.full_like(groups, gap, dtype=logits.dtype))
         upstream = torch.tensor(1.0, device=ranks.device)
         check_logits(ranks, logits, groups, upstream, {}, scale=1.0 if gap else None)
         losses, (grad,), _ = run(
-            patch_cross_entropy, [ranks.mine(logits, 1)], groups, torch.ones(40, 1, device=ranks.device),
+            patch_cross_entropy, [ranks.mine(logits, 1)], groups, torch.ones(ROWS, 1, device=ranks.device),
             return_stats=True, shard=ranks.shard, reduction="none",
         )  # fmt: skip
         expected = patch_cross_entropy(logits, groups, reduction="none")
@@ -254,9 +256,9 @@ def sure_case(gap, offset):
 
 def bitwise_where_sums_are_exact(ranks):
     """Exponentials of 1 and 0 add up exactly in any order: then nothing differs in a single bit."""
-    logits = torch.where(torch.rand(31, ranks.vocab_size, device=ranks.device) < 0.3, 0.0, -200.0)
+    logits = torch.where(torch.rand(ROWS, ranks.vocab_size, device=ranks.device) < 0.3, 0.0, -200.0)
     logits[:, 3], logits[5] = 0.0, -200.0
-    groups = ranks.groups(31, 4)
+    groups = ranks.groups(ROWS, 4)
     for dtype in DTYPES:
         for options in ({}, {"normalize": "row", "z_loss": 0.1}, {"reduction": "none"}):
             given = logits.to(dtype)
@@ -264,7 +266,10 @@ def bitwise_where_sums_are_exact(ranks):
                 more = {"return_stats": True, **options}
                 ours = run(patch_cross_entropy, [ranks.mine(given, 1)], groups, upstream, shard=ranks.shard, **more)
                 one = run(patch_cross_entropy, [given], groups, upstream, **more)
-                assert torch.equal(ours[0], one[0])
+                if ours[0].ndim or not ranks.runs_kernels:
+                    assert torch.equal(ours[0], one[0])
+                else:  # the kernel of one process adds up the rows itself, in an order of its own
+                    torch.testing.assert_close(ours[0], one[0], rtol=1e-6, atol=0)
                 assert torch.equal(ours[1][0], ranks.mine(one[1][0], 1))
                 for mine, theirs in zip(ours[2], one[2], strict=True):
                     assert torch.equal(mine, theirs)
@@ -272,15 +277,15 @@ def bitwise_where_sums_are_exact(ranks):
 
 def a_group_of_one_is_one_process(ranks):
     """Nothing is added to its sums; on the PyTorch path it is the same to the last bit."""
-    groups = ranks.groups(19, 4)
-    for options in OPTIONS:
+    groups = ranks.groups(ROWS, 4)
+    for options in OPTIONS[:: 4 if INTERPRETED else 1]:
         made = ranks.options(options)
-        logits = peaky_logits(19, ranks.vocab_size, device=ranks.device)
+        logits = peaky_logits(ROWS, ranks.vocab_size, device=ranks.device)
         upstream = upstreams(ranks, groups, options)[-1]
         ours = run(patch_cross_entropy, [logits], groups, upstream, return_stats=True, shard=ranks.alone, **made)
         one = run(patch_cross_entropy, [logits], groups, upstream, return_stats=True, **made)
         for mine, theirs in zip((ours[0], *ours[1], *ours[2]), (one[0], *one[1], *one[2]), strict=True):
-            if ranks.device.type == "cpu" and not INTERPRETED:
+            if not ranks.runs_kernels:
                 assert torch.equal(mine, theirs), options
             else:
                 torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=1e-7)
@@ -288,9 +293,9 @@ def a_group_of_one_is_one_process(ranks):
 
 def a_slice_without_targets(ranks):
     """All targets on the first rank; and padding at the end of the vocabulary, at -inf, on the last."""
-    groups = ranks.groups(23, 4) % ranks.sizes[0]
+    groups = ranks.groups(ROWS, 4) % ranks.sizes[0]
     upstream = torch.tensor(1.0, device=ranks.device)
-    logits = peaky_logits(23, ranks.vocab_size, device=ranks.device)
+    logits = peaky_logits(ROWS, ranks.vocab_size, device=ranks.device)
     check_logits(ranks, logits, groups, upstream, {"z_loss": 0.1})
     logits[:, -ranks.sizes[-1] :] = float("-inf")
     loss, (grad,), stats = run(
@@ -305,10 +310,10 @@ def a_slice_without_targets(ranks):
 
 def equal_maxima_on_several_ranks(ranks):
     """The first of equal ids is the prediction, and all but one of them count in the sum."""
-    logits = torch.randn(23, ranks.vocab_size, device=ranks.device).clamp(max=0.5)
-    check_logits(ranks, logits, ranks.groups(23, 4), torch.tensor(1.0, device=ranks.device), {})
+    logits = torch.randn(ROWS, ranks.vocab_size, device=ranks.device).clamp(max=0.5)
+    check_logits(ranks, logits, ranks.groups(ROWS, 4), torch.tensor(1.0, device=ranks.device), {})
     constant = torch.full_like(logits, 7.0)
-    check_logits(ranks, constant, ranks.groups(23, 4), torch.tensor(1.0, device=ranks.device), {})
+    check_logits(ranks, constant, ranks.groups(ROWS, 4), torch.tensor(1.0, device=ranks.device), {})
 
 
 def nothing_to_score(ranks):
@@ -576,7 +581,11 @@ def named(dtype):
 
 
 CASES = {
-    **{f"logits {named(dtype)} {options}": logits_case(options, dtype) for options in OPTIONS for dtype in DTYPES},
+    **{
+        f"logits {named(dtype)} {options}": logits_case(options, dtype)
+        for options in OPTIONS
+        for dtype in DTYPES[: 1 if INTERPRETED and options else None]
+    },
     **{
         f"linear {named(dtype)} bias={with_bias} chunk_rows={chunk_rows} {options}": linear_case(
             options, dtype, with_bias, chunk_rows
