@@ -7,6 +7,7 @@ one process on the whole. What failed goes to ``FOLDER/RANK.json``, by case, for
 """
 
 import json
+import re
 import sys
 import traceback
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import npp_kernels
 import reference.ops as reference
 from npp_kernels import VocabularyShard, group_mean, linear_patch_cross_entropy, patch_cross_entropy
+from npp_kernels.losses import chunks
 from tests.budget import assert_within_budget
 from tests.conftest import INTERPRETED
 from tests.inputs import peaky_logits, skewed_ids
@@ -254,6 +256,15 @@ def sure_case(gap, offset):
     return case
 
 
+def sure_beside_targets_elsewhere(ranks):
+    """A rank that holds the sure one, its first id, also weighs the targets of the others, which it does not hold."""
+    logits = torch.randn(ROWS, ranks.vocab_size, device=ranks.device)
+    logits[:, 0] += 15
+    groups = torch.tensor([0, ranks.vocab_size - 1, 0, ranks.vocab_size // 2], device=ranks.device).expand(ROWS, 4)
+    for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.1}):
+        check_logits(ranks, logits, groups, torch.tensor(1.0, device=ranks.device), options)
+
+
 def bitwise_where_sums_are_exact(ranks):
     """Exponentials of 1 and 0 add up exactly in any order: then nothing differs in a single bit."""
     logits = torch.where(torch.rand(ROWS, ranks.vocab_size, device=ranks.device) < 0.3, 0.0, -200.0)
@@ -387,6 +398,23 @@ def only_some_gradients(ranks):
     assert all(torch.equal(loss, losses[0]) for loss in losses)
 
 
+def chunks_are_the_same_on_every_rank(ranks):
+    """However many rows of its own slice a rank could hold: after each chunk the ranks talk to each other."""
+    hidden = torch.randn(20, 8, device=ranks.device)
+    weight, groups = torch.randn(ranks.vocab_size, 8, device=ranks.device), ranks.groups(20, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "CHUNK_ELEMENTS", 4 * max(ranks.sizes))
+        patch.setattr(chunks, "CHUNK_MULTIPLE", 1)
+        part = ranks.mine(weight).requires_grad_()
+        loss = linear_patch_cross_entropy(hidden, part, groups, shard=ranks.shard)
+        loss.backward()
+    weight.requires_grad_()
+    expected = linear_patch_cross_entropy(hidden, weight, groups)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(part.grad, ranks.mine(weight.grad))
+
+
 def autocast_and_float64(ranks):
     """Products in autocast's dtype; float64 throughout, checked by finite differences of the whole."""
     hidden, weight = torch.randn(9, 8, device=ranks.device), torch.randn(ranks.vocab_size, 8, device=ranks.device)
@@ -460,22 +488,25 @@ def sequence_parallel(ranks):
     """Rows shared out, ``num_targets`` that of all: losses and the weight's gradients add up to the whole."""
     rows = 8 * ranks.world
     hidden, weight = torch.randn(rows, 8, device=ranks.device), torch.randn(ranks.vocab_size, 8, device=ranks.device)
-    groups = ranks.groups(rows, 4)
+    groups = ranks.groups(rows, 4, ignored=0.0)
+    groups[::3, 1:] = -100
     mine = slice(8 * ranks.rank, 8 * ranks.rank + 8)
     num_targets = (groups[mine] != -100).sum()
     dist.all_reduce(num_targets)
-    leaves = [hidden[mine].clone().requires_grad_(), weight.clone().requires_grad_()]
-    loss = linear_patch_cross_entropy(*leaves, groups[mine], num_targets=num_targets)
-    loss.backward()
-    loss = loss.detach()
-    dist.all_reduce(loss)
-    dist.all_reduce(leaves[1].grad)
-    whole = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    expected = linear_patch_cross_entropy(*whole, groups)
-    expected.backward()
-    torch.testing.assert_close(loss, expected.detach())
-    torch.testing.assert_close(leaves[0].grad, whole[0].grad[mine])
-    torch.testing.assert_close(leaves[1].grad, whole[1].grad)
+    # The z-loss counts this call's rows, and here all ranks have as many that have a target.
+    for ours, theirs in (({}, {}), ({"z_loss": 0.1 / ranks.world}, {"z_loss": 0.1})):
+        leaves = [hidden[mine].clone().requires_grad_(), weight.clone().requires_grad_()]
+        loss = linear_patch_cross_entropy(*leaves, groups[mine], num_targets=num_targets, **ours)
+        loss.backward()
+        loss = loss.detach()
+        dist.all_reduce(loss)
+        dist.all_reduce(leaves[1].grad)
+        whole = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        expected = linear_patch_cross_entropy(*whole, groups, **theirs)
+        expected.backward()
+        torch.testing.assert_close(loss, expected.detach())
+        torch.testing.assert_close(leaves[0].grad, whole[0].grad[mine])
+        torch.testing.assert_close(leaves[1].grad, whole[1].grad)
 
 
 def rows_and_vocabulary(ranks):
@@ -503,6 +534,57 @@ def rows_and_vocabulary(ranks):
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(leaves[0].grad, whole[0].grad[mine])
     torch.testing.assert_close(leaves[1].grad, whole[1].grad[shard.start : shard.stop])
+
+
+def the_page_of_the_documentation(ranks):
+    """Its snippets run as they stand, one after the other, and say what one process says."""
+    page = (Path(__file__).parents[1] / "docs" / "vocabulary_parallel.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    whole_table, whole_weight = torch.randn(2, ranks.vocab_size, 8, device=ranks.device).unbind()
+    groups = ranks.groups(6, 4, ignored=0.0)
+    names = {"group": dist.group.WORLD, "groups": groups, "head": whole_weight.clone().requires_grad_()}
+    names |= {"table": ranks.mine(whole_table).requires_grad_(), "weight": ranks.mine(whole_weight).requires_grad_()}
+    assert len(snippets) == 4
+    exec(compile(snippets[0], "docs/vocabulary_parallel.md", "exec"), names)
+    leaves = [whole_table.clone().requires_grad_(), whole_weight.clone().requires_grad_()]
+    hidden = group_mean(leaves[0], groups).tanh()
+    expected = linear_patch_cross_entropy(hidden, leaves[1], groups)
+    expected.backward()
+    torch.testing.assert_close(names["loss"], expected)
+    torch.testing.assert_close(names["table"].grad, ranks.mine(leaves[0].grad))
+    torch.testing.assert_close(names["weight"].grad, ranks.mine(leaves[1].grad))
+
+    exec(compile(snippets[1], "docs/vocabulary_parallel.md", "exec"), names)
+    vocab_size = 4 * ranks.world + 3
+    step = -(-vocab_size // ranks.world)
+    slice_ = slice(step * ranks.rank, step * ranks.rank + step)
+    logits, labels = torch.randn(2, 5, vocab_size, device=ranks.device), torch.randint(vocab_size, (2, 5, 3))
+    labels = labels.to(ranks.device)
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    for targets in (labels, labels[..., 0]):
+        rows = logits.unsqueeze(-2).expand(*logits.shape[:2], targets[0, 0].numel(), vocab_size)
+        expected = F.cross_entropy(rows.flatten(0, 2), targets.flatten(), reduction="sum")
+        plain = names["cross_entropy_loss"](
+            logits[..., slice_], targets, global_vocab_size=vocab_size, tp_group=dist.group.WORLD
+        )
+        torch.testing.assert_close(plain, expected)
+        torch.testing.assert_close(
+            names["cross_entropy_loss"](distribute_tensor(logits, mesh, [Shard(2)]), targets), expected
+        )
+
+    exec(compile(snippets[2], "docs/vocabulary_parallel.md", "exec"), names)
+    logits, target = torch.randn(5, 2, 4 * ranks.world, device=ranks.device), labels[0, :, :2] % 4
+    losses = names["vocab_parallel_cross_entropy"](
+        logits[..., 4 * ranks.rank : 4 * ranks.rank + 4], target, 0.1, dist.group.WORLD
+    )
+    expected = F.cross_entropy(logits.flatten(0, 1), target.flatten(), label_smoothing=0.1, reduction="none")
+    torch.testing.assert_close(losses, expected.view(5, 2))
+
+    names["hidden"] = names["hidden"].detach()
+    exec(compile(snippets[3], "docs/vocabulary_parallel.md", "exec"), names)
+    total = names["part"].detach()
+    dist.all_reduce(total)
+    torch.testing.assert_close(total, linear_patch_cross_entropy(names["hidden"], whole_weight, groups))
 
 
 def modules(ranks):
@@ -610,10 +692,10 @@ CASES = {
     **{
         case.__name__: case
         for case in (
-            bitwise_where_sums_are_exact, a_group_of_one_is_one_process, a_slice_without_targets,
-            equal_maxima_on_several_ranks, nothing_to_score, not_a_number, in_place_and_twice, only_some_gradients,
-            autocast_and_float64, distributed_tensors, sequence_parallel, rows_and_vocabulary, modules, errors,
-            compiled,
+            sure_beside_targets_elsewhere, bitwise_where_sums_are_exact, a_group_of_one_is_one_process,
+            a_slice_without_targets, equal_maxima_on_several_ranks, nothing_to_score, not_a_number, in_place_and_twice,
+            only_some_gradients, chunks_are_the_same_on_every_rank, autocast_and_float64, distributed_tensors,
+            sequence_parallel, rows_and_vocabulary, the_page_of_the_documentation, modules, errors, compiled,
         )
     },
 }  # fmt: skip
