@@ -14,7 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npp_kernels._checks import described
+from npp_kernels._checks import described, may_read
+
+# Of `row_checksums`: an odd number, which mixes the low bits, and the bits that fp32 holds.
+CHECKSUM_FACTOR = 1_000_003
+CHECKSUM_MASK = (1 << 24) - 1
+OTHER_ROWS = (
+    "groups: expected the same rows on every rank that shares out the vocabulary, got others on some. Where ranks have "
+    "rows of their own, as under data parallelism, they need the whole vocabulary each: a DTensor's full_tensor(), or "
+    "under FSDP2 a call in the forward of the module that owns the parameter"
+)
 
 
 @dataclass(frozen=True)
@@ -172,6 +181,23 @@ def local_slice(name: str, tensor: Tensor, axis: int, shard: VocabularyShard | N
     local = tensor.to_local()  # type: ignore[attr-defined]
     found.check_size(name, local, axis)
     return local, found
+
+
+def row_checksums(groups: Tensor) -> Tensor:
+    """Return a whole number below 2²⁴ for each row of ``groups [N, K]``, which fp32 holds: equal for equal rows."""
+    slots = torch.arange(groups.shape[1], device=groups.device)
+    return (groups.long() * (2 * slots + 1) * CHECKSUM_FACTOR).sum(1) & CHECKSUM_MASK
+
+
+def check_same_rows(groups: Tensor, shard: VocabularyShard) -> None:
+    """Raise a ValueError on every rank where ranks have other ``groups [N, K]``; where `may_read` lets it look."""
+    if not may_read(groups):
+        return
+    checksum = row_checksums(groups).sum()
+    both = torch.stack([checksum, -checksum])
+    shard.all_reduce(both, "max")
+    if both[0] != -both[1]:
+        raise ValueError(OTHER_ROWS)
 
 
 def find_vocab_size(name: str, tensor: Tensor, axis: int, shard: VocabularyShard | None) -> int:

@@ -215,10 +215,12 @@ def slice_gradient_arguments():
 def measure_arguments(dtype, slice_size, group_size, everything=False):
     pointer = "*fp32" if everything else None
     return {
-        "logits_ptr": f"*{dtype}", "groups_ptr": "*i64", "class_weight_ptr": pointer, "maxima_ptr": "*fp32",
-        "rest_ptr": "*fp32", "distances_ptr": "*fp32", "shortfall_ptr": pointer, "weighted_sum_ptr": pointer,
-        "predictions_ptr": "*i64" if everything else None, "logits_stride": "i32", "rows_stride": "i32",
-        "slice_size": "i32", "first_id": "i32", "ignore_index": "i32", "softcap": "fp32" if everything else None,
+        "logits_ptr": f"*{dtype}", "groups_ptr": "*i64", "class_weight_ptr": pointer, "maximum_ptr": "*fp32",
+        "checksum_ptr": "*fp32", "before_cap_ptr": pointer, "rest_ptr": "*fp32", "distances_ptr": "*fp32",
+        "shortfall_ptr": pointer,
+        "weighted_sum_ptr": pointer, "predictions_ptr": "*i64" if everything else None, "logits_stride": "i32",
+        "rows_stride": "i32", "slice_size": "i32", "first_id": "i32", "ignore_index": "i32",
+        "softcap": "fp32" if everything else None,
         "GROUP_SIZE": group_size, "BLOCK_SLOTS": triton.next_power_of_2(group_size),
         **shard_kernels.measure_options(slice_size, 4 if dtype == "fp32" else 2, everything),
     }  # fmt: skip
@@ -227,7 +229,8 @@ def measure_arguments(dtype, slice_size, group_size, everything=False):
 def sum_arguments(group_size, everything=False):
     pointer = "*fp32" if everything else None
     return {
-        "own_ptr": "*fp32", "maxima_ptr": "*fp32", "groups_ptr": "*i64", "slice_weight_ptr": pointer,
+        "own_ptr": "*fp32", "maxima_ptr": "*fp32", "checksum_ptr": "*fp32", "groups_ptr": "*i64",
+        "slice_weight_ptr": pointer,
         "rest_ptr": "*fp32", "holders_ptr": "*fp32", "distances_ptr": "*fp32", "shortfall_ptr": pointer,
         "weighted_sum_ptr": pointer, "num_rows": "i32", "slice_size": "i32", "first_id": "i32", "ignore_index": "i32",
         "GROUP_SIZE": group_size, "BLOCK_ROWS": shard_kernels.SUM_ROWS,

@@ -346,9 +346,9 @@ def not_a_number(ranks):
     """A NaN or an infinity in one slice spoils the row on every rank, and no other row."""
     clean = peaky_logits(5, ranks.vocab_size, device=ranks.device)
     groups = ranks.groups(5, 2, ignored=0.0)
-    for value in (float("nan"), float("inf")):
+    for value, ids in ((float("nan"), 1), (float("inf"), 1), (float("-inf"), slice(None))):
         logits = clean.clone()
-        logits[2, 1] = value
+        logits[2, ids] = value
         ours = run(
             patch_cross_entropy, [ranks.mine(logits, 1)], groups, torch.ones(5, 2, device=ranks.device),
             shard=ranks.shard, reduction="none", return_stats=True,
@@ -587,6 +587,27 @@ def the_page_of_the_documentation(ranks):
     torch.testing.assert_close(total, linear_patch_cross_entropy(names["hidden"], whole_weight, groups))
 
 
+def other_rows_on_some_ranks(ranks):
+    """Ranks that have rows of their own, as in data parallelism, are told: by an error, on a GPU by NaN."""
+    groups = ranks.groups(6, 4)  # before what is of other sizes on other ranks
+    logits, hidden = torch.randn(6, ranks.shard.size, device=ranks.device), torch.randn(6, 4, device=ranks.device)
+    table = torch.randn(ranks.shard.size, 4, device=ranks.device)
+    groups[3, 2] = ranks.rank
+    npp_kernels.check_ids(True)
+    for call in (
+        lambda: patch_cross_entropy(logits, groups, shard=ranks.shard),
+        lambda: linear_patch_cross_entropy(hidden, table, groups, shard=ranks.shard),
+        lambda: group_mean(table, groups, ignore_index=-100, shard=ranks.shard),
+    ):
+        with pytest.raises(ValueError, match="groups: expected the same rows on every rank that shares out"):
+            call()
+    npp_kernels.check_ids(False)
+    if ranks.device.type == "cuda":
+        losses = patch_cross_entropy(logits, groups, shard=ranks.shard, reduction="none")
+        assert losses[3].isnan().any()
+        assert not losses[[0, 1, 2, 4, 5]].isnan().any()
+
+
 def modules(ranks):
     """The modules take the shard where they take the tensors."""
     hidden, weight = torch.randn(9, 8, device=ranks.device), torch.randn(ranks.vocab_size, 8, device=ranks.device)
@@ -601,7 +622,8 @@ def modules(ranks):
 
 def errors(ranks):
     """Each names the argument, what was expected and what came, on every rank, before any rank waits."""
-    logits, groups = torch.randn(3, ranks.shard.size, device=ranks.device), ranks.groups(3, 2, ignored=0.0)
+    groups = ranks.groups(3, 2, ignored=0.0)  # before what is of other sizes on other ranks
+    logits = torch.randn(3, ranks.shard.size, device=ranks.device)
     size = ranks.shard.size
     with pytest.raises(ValueError, match=f"logits: expected {size} ids on axis -1, those of rank {ranks.rank}"):
         patch_cross_entropy(torch.cat([logits, logits], 1), groups, shard=ranks.shard)
@@ -695,7 +717,8 @@ CASES = {
             sure_beside_targets_elsewhere, bitwise_where_sums_are_exact, a_group_of_one_is_one_process,
             a_slice_without_targets, equal_maxima_on_several_ranks, nothing_to_score, not_a_number, in_place_and_twice,
             only_some_gradients, chunks_are_the_same_on_every_rank, autocast_and_float64, distributed_tensors,
-            sequence_parallel, rows_and_vocabulary, the_page_of_the_documentation, modules, errors, compiled,
+            sequence_parallel, rows_and_vocabulary, the_page_of_the_documentation, other_rows_on_some_ranks, modules,
+            errors, compiled,
         )
     },
 }  # fmt: skip

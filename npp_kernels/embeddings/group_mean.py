@@ -34,6 +34,7 @@ from npp_kernels._dispatch import cdiv, launch, next_power_of_2, runs_kernels
 from npp_kernels.embeddings.segments import find_segments
 from npp_kernels.vocabulary_shard import (
     VocabularyShard,
+    check_same_rows,
     find_vocab_size,
     is_dtensor,
     local_slice,
@@ -522,6 +523,8 @@ def group_mean(
     refuse_transforms("group_mean")
     check_id_range(groups, find_vocab_size("table", table, 0, shard), ignore_index)
     flat = groups.reshape(-1, groups.shape[-1]).contiguous()
+    if shard is not None:
+        check_same_rows(flat, shard)
     rows = table if table.stride(-1) == 1 else table.contiguous()
     out = _GroupMean.apply(rows, flat, ignore_index, table.dtype if out_dtype is None else out_dtype, shard)
     return out.view(*groups.shape[:-1], table.shape[1])

@@ -22,6 +22,9 @@ from npp_kernels.losses.targets import Targets
 
 # The rows of `Scores.rows`.
 LOSS, MAXIMUM, REST, LSE, ACCURACY, ENTROPY = range(6)
+# The rows of `Measures.maxima`: the largest logit; a checksum of the row's targets and its negative, whose maxima
+# are no longer each other's negative where ranks have other targets; the largest logit before a softcap.
+MAXIMUM_LOGIT, CHECKSUM, MINUS_CHECKSUM, BEFORE_CAP = range(4)
 
 
 class Scores(NamedTuple):
@@ -63,7 +66,7 @@ class Measures(NamedTuple):
     them and says so, and of all these one stays left out.
     """
 
-    maxima: Tensor  # [1, N], or [2, N] with statistics: the largest logit, and that before a softcap
+    maxima: Tensor  # [3, N], or [4, N] with statistics: the rows MAXIMUM_LOGIT to BEFORE_CAP
     sums: Tensor  # [2 + K or more, N]: all that follows but the predictions, in one piece of memory
     rest: Tensor  # [N]: the sum of exponentials without one maximum
     holders: Tensor  # [N]: 1 if that one was left out here
@@ -79,7 +82,7 @@ class Measures(NamedTuple):
         smoothed, stats = targets.settings.label_smoothing is not None, scores.predictions is not None
         sums = scores.rows.new_empty((2 + group_size + smoothed + stats, num_rows))
         return cls(
-            scores.rows.new_empty((1 + stats, num_rows)),
+            scores.rows.new_empty((3 + stats, num_rows)),
             sums,
             sums[0],
             sums[1],
@@ -88,6 +91,10 @@ class Measures(NamedTuple):
             sums[-1] if stats else None,
             torch.empty_like(scores.predictions) if stats else None,
         )
+
+    def find_other_rows(self) -> Tensor:
+        """Return, from the maxima of all ranks, for which rows some rank has other targets than the others."""
+        return self.maxima[CHECKSUM] != -self.maxima[MINUS_CHECKSUM]
 
 
 @triton.jit

@@ -18,17 +18,33 @@ from torch import Tensor
 from npp_kernels._dispatch import cdiv, launch, next_power_of_2
 from npp_kernels._triton_math import capped, exp, log1p
 from npp_kernels.losses.row_kernels import find_lanes, sum_of_rest
-from npp_kernels.losses.scores import Measures, Scores, score_targets, store_statistics
+from npp_kernels.losses.scores import (
+    BEFORE_CAP,
+    CHECKSUM,
+    MAXIMUM_LOGIT,
+    Measures,
+    Scores,
+    score_targets,
+    store_statistics,
+)
 from npp_kernels.losses.target_math import find_weights, load_totals
 from npp_kernels.losses.targets import Targets
-from npp_kernels.vocabulary_shard import VocabularyShard
+from npp_kernels.vocabulary_shard import (
+    CHECKSUM_FACTOR,
+    CHECKSUM_MASK,
+    VocabularyShard,
+)
 
-# Those of rows that do not stay in registers: see `row_kernels`. Not measured by themselves yet.
-MEASURE_BYTES = 65536
+# Chosen on paper, not measured yet: as `row_kernels` does for wide rows, but half a block in half the warps, two of
+# which a multiprocessor holds; 64 KiB in 32 warps would spill.
+MEASURE_BYTES = 32768
 MEASURE_OPTIONS_BYTES = 16384
 MEASURE_WARP_BYTES = 2048
-MAX_MEASURE_WARPS = 32
+MAX_MEASURE_WARPS = 16
 SUM_ROWS = 128
+
+FACTOR = tl.constexpr(CHECKSUM_FACTOR)  # see `row_checksums`
+MASK = tl.constexpr(CHECKSUM_MASK)
 
 
 @triton.jit
@@ -49,7 +65,9 @@ def _measure_kernel(
     logits_ptr,  # [num_rows, slice_size]
     groups_ptr,  # [num_rows, GROUP_SIZE]
     class_weight_ptr,  # [slice_size] or None: of the ids of the slice
-    maxima_ptr,  # [1, rows_stride] out, or [2, rows_stride] with statistics: see `Measures`, as for the next four
+    maximum_ptr,  # [num_rows] out: see `Measures`, as for the next six
+    checksum_ptr,  # [2, rows_stride] out
+    before_cap_ptr,  # [num_rows] out or None
     rest_ptr,  # [num_rows] out
     distances_ptr,  # [GROUP_SIZE, rows_stride] out: as yet the logits of the targets that are here
     shortfall_ptr,  # [num_rows] out or None
@@ -67,6 +85,10 @@ def _measure_kernel(
     logits_row = logits_ptr + row * logits_stride
     slots = tl.arange(0, BLOCK_SLOTS)
     targets = tl.load(groups_ptr + row * GROUP_SIZE + slots, mask=slots < GROUP_SIZE, other=ignore_index).to(tl.int64)
+    terms = tl.where(slots < GROUP_SIZE, targets * (2 * slots + 1) * FACTOR, 0)
+    checksum = (tl.sum(terms, axis=0) & MASK).to(tl.float32)
+    tl.store(checksum_ptr + row, checksum)
+    tl.store(checksum_ptr + stride + row, -checksum)
     local = targets - first_id
     mine = (targets != ignore_index) & (local >= 0) & (local < slice_size)
     target_logits = capped(tl.load(logits_row + local, mask=mine, other=0.0).to(tl.float32), softcap)
@@ -84,7 +106,7 @@ def _measure_kernel(
     rest = total - 1.0
     if total < 2.0:  # also 0, of a row that is -inf throughout
         rest = sum_of_rest(logits_row, slice_size, softcap, maximum, lane_maximum, lane_share, PRECISE, LANES)
-    tl.store(maxima_ptr + row, tl.where(total == 0, float("-inf"), maximum))
+    tl.store(maximum_ptr + row, tl.where(total == 0, float("-inf"), maximum))
     tl.store(rest_ptr + row, rest)
     if SMOOTHED:
         tl.store(shortfall_ptr + row, tl.sum(lane_shortfall, axis=0))
@@ -94,7 +116,7 @@ def _measure_kernel(
         best = tl.max(lane_best, axis=0)
         arg_max = tl.min(tl.where(lane_best == best, lane_arg, slice_size), axis=0)
         tl.store(weighted_sum_ptr + row, tl.sum(shifted, axis=0))
-        tl.store(maxima_ptr + stride + row, best)
+        tl.store(before_cap_ptr + row, best)
         arg_max = tl.where(arg_max == slice_size, 0, arg_max)  # of a row that is NaN, or -inf throughout
         tl.store(predictions_ptr + row, arg_max.to(tl.int64) + first_id)
 
@@ -102,7 +124,8 @@ def _measure_kernel(
 @triton.jit(do_not_specialize=["ignore_index", "first_id", "num_rows", "slice_size"])
 def _sum_kernel(
     own_ptr,  # [num_rows]: the maxima of this rank
-    maxima_ptr,  # [num_rows]: of all ranks
+    maxima_ptr,  # [num_rows]: of all ranks, as the next
+    checksum_ptr,  # [2, num_rows]
     groups_ptr,  # [num_rows, GROUP_SIZE]
     slice_weight_ptr,  # [] or None: of the ids of the slice together
     rest_ptr,  # [num_rows] in and out: see `Measures`, as for the next four
@@ -123,8 +146,12 @@ def _sum_kernel(
     share = exp(below, True)
     total = (1.0 + rest) * share
     holds = own == maximum
-    # Where the maximum is infinite or NaN, so is what comes of it.
-    tl.store(rest_ptr + rows, tl.where(holds, rest, total) + (maximum - maximum), mask=mask)
+    # Where the maximum is infinite or NaN, so is what comes of it; and where ranks have other targets.
+    new_rest = tl.where(holds, rest, total) + (maximum - maximum)
+    checksum = tl.load(checksum_ptr + rows, mask=mask, other=0.0)
+    minus_checksum = tl.load(checksum_ptr + num_rows + rows, mask=mask, other=0.0)
+    new_rest = tl.where(checksum == -minus_checksum, new_rest, float("nan"))
+    tl.store(rest_ptr + rows, new_rest, mask=mask)
     tl.store(holders_ptr + rows, tl.where(holds, 1.0, 0.0), mask=mask)
     if weighted_sum_ptr is not None:
         weighted = tl.load(weighted_sum_ptr + rows, mask=mask, other=0.0)
@@ -218,7 +245,9 @@ def launch_measures(logits: Tensor, targets: Targets, shard: VocabularyShard, me
         logits,
         targets.groups,
         None if measures.shortfall is None else targets.weights_by_id(),
-        measures.maxima,
+        measures.maxima[MAXIMUM_LOGIT],
+        measures.maxima[CHECKSUM:],
+        None if measures.predictions is None else measures.maxima[BEFORE_CAP],
         measures.rest,
         measures.distances,
         measures.shortfall,
@@ -243,8 +272,9 @@ def launch_sums(targets: Targets, shard: VocabularyShard, own: Tensor, measures:
     launch(
         _sum_kernel,
         (cdiv(num_rows, SUM_ROWS),),
-        own,
-        measures.maxima,
+        own[MAXIMUM_LOGIT],
+        measures.maxima[MAXIMUM_LOGIT],
+        measures.maxima[CHECKSUM:],
         targets.groups,
         None if weights is None else weights.sum(),
         measures.rest,
@@ -268,7 +298,7 @@ def launch_scores(targets: Targets, shard: VocabularyShard, measures: Measures, 
     launch(
         _score_kernel,
         (num_rows,),
-        measures.maxima,
+        measures.maxima[MAXIMUM_LOGIT],
         measures.rest,
         measures.holders,
         measures.distances,

@@ -1,11 +1,12 @@
 """A loss whose vocabulary a process group shares out: what each rank does, and what the ranks tell each other.
 
-    m = max_r m_r                                  one all-reduce, of N numbers (2·N with statistics)
+    m = max_r m_r                                  one all-reduce, of 3·N numbers (4·N with statistics)
     R, d, and what options need: sums over r       one all-reduce, of (2 + K)·N numbers (and N for each of label
                                                    smoothing and statistics)
 
-With statistics the ids of the largest logits take a third one, of N numbers. The gradient of a slice of logits needs
-nothing from the other ranks: docs/vocabulary_parallel.md has the mathematics.
+Two of the three numbers tell whether all ranks have the same targets. With statistics the ids of the largest logits
+take a third one, of N numbers. The gradient of a slice of logits needs nothing from the other ranks:
+docs/vocabulary_parallel.md has the mathematics.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npp_kernels._checks import may_read
 from npp_kernels._dispatch import runs_kernels
-from npp_kernels.losses.scores import Measures, Scores
+from npp_kernels.losses.scores import BEFORE_CAP, Measures, Scores
 from npp_kernels.losses.shard_kernels import launch_measures, launch_scores, launch_sums
 from npp_kernels.losses.targets import Settings, Targets
 from npp_kernels.losses.torch_path import torch_maxima, torch_scores, torch_sums
-from npp_kernels.vocabulary_shard import VocabularyShard
+from npp_kernels.vocabulary_shard import OTHER_ROWS, VocabularyShard
 
 
 def score_over_ranks(logits: Tensor, targets: Targets, scores: Scores) -> None:
@@ -35,6 +37,8 @@ def score_over_ranks(logits: Tensor, targets: Targets, scores: Scores) -> None:
     (launch_measures if kernels else torch_maxima)(logits, targets, shard, measures)
     own = measures.maxima.clone()
     shard.all_reduce(measures.maxima, "max")
+    if may_read(targets.groups) and measures.find_other_rows().any():
+        raise ValueError(OTHER_ROWS)  # on all ranks; where nobody may look, such rows become NaN
     if kernels:
         launch_sums(targets, shard, own, measures)
     else:
@@ -48,7 +52,7 @@ def score_over_ranks(logits: Tensor, targets: Targets, scores: Scores) -> None:
 def _find_first(measures: Measures, own: Tensor, shard: VocabularyShard) -> None:
     """Leave the first id of the largest logit: only the ranks that hold one that large take part."""
     assert measures.predictions is not None
-    measures.predictions.masked_fill_(own[1] != measures.maxima[1], shard.vocab_size)
+    measures.predictions.masked_fill_(own[BEFORE_CAP] != measures.maxima[BEFORE_CAP], shard.vocab_size)
     shard.all_reduce(measures.predictions, "min")
     # Nobody's, where all is NaN, or -inf: then the first, as with the whole vocabulary on one rank.
     measures.predictions.masked_fill_(measures.predictions == shard.vocab_size, 0)

@@ -12,9 +12,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from npp_kernels.losses.scores import ACCURACY, ENTROPY, LOSS, LSE, MAXIMUM, REST, Measures, Scores
+from npp_kernels.losses.scores import (
+    ACCURACY,
+    BEFORE_CAP,
+    CHECKSUM,
+    ENTROPY,
+    LOSS,
+    LSE,
+    MAXIMUM,
+    MAXIMUM_LOGIT,
+    MINUS_CHECKSUM,
+    REST,
+    Measures,
+    Scores,
+)
 from npp_kernels.losses.targets import Targets
-from npp_kernels.vocabulary_shard import VocabularyShard
+from npp_kernels.vocabulary_shard import VocabularyShard, row_checksums
 
 CHUNK_ELEMENTS = 1 << 20
 
@@ -149,10 +162,12 @@ def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
 
 def torch_maxima(logits: Tensor, targets: Targets, shard: VocabularyShard, measures: Measures) -> None:
     """`launch_measures` in PyTorch: fill the maxima and the predictions; the sums come when the maxima are known."""
+    checksums = row_checksums(targets.groups)
+    measures.maxima[CHECKSUM], measures.maxima[MINUS_CHECKSUM] = checksums, -checksums
     for chunk in _chunks(logits, targets):
-        measures.maxima[0, chunk] = _capped(logits[chunk], targets, measures.maxima.dtype).amax(1)
+        measures.maxima[MAXIMUM_LOGIT, chunk] = _capped(logits[chunk], targets, measures.maxima.dtype).amax(1)
         if measures.predictions is not None:
-            measures.maxima[1, chunk], arg_max = logits[chunk].to(measures.maxima.dtype).max(1)
+            measures.maxima[BEFORE_CAP, chunk], arg_max = logits[chunk].to(measures.maxima.dtype).max(1)
             measures.predictions[chunk] = shard.start + arg_max
 
 
@@ -160,17 +175,18 @@ def torch_sums(logits: Tensor, targets: Targets, shard: VocabularyShard, own: Te
     """`launch_sums` in PyTorch: fill the sums of this rank's logits below the maxima of all."""
     wide = measures.sums.dtype
     by_id = targets.weights_by_id()
+    spoilt = torch.where(measures.find_other_rows(), float("nan"), 0.0)
     for chunk in _chunks(logits, targets):
         z = _capped(logits[chunk], targets, wide)
         ids, mine = _local_ids(targets.groups[chunk], targets)
-        maximum = measures.maxima[0, chunk].unsqueeze(1)
+        maximum = measures.maxima[MAXIMUM_LOGIT, chunk].unsqueeze(1)
         below = z - maximum
         exponentials = torch.exp(below)
         # The maximum is left out of the sum, by the ranks that have it, and counted: all but one are added again.
-        holds = own[0, chunk].unsqueeze(1) == maximum
+        holds = own[MAXIMUM_LOGIT, chunk].unsqueeze(1) == maximum
         arg_max = z.argmax(1, keepdim=True)
         exponentials.scatter_(1, arg_max, exponentials.gather(1, arg_max).masked_fill_(holds, 0))
-        measures.rest[chunk] = exponentials.sum(1) + (maximum - maximum).squeeze(1)
+        measures.rest[chunk] = exponentials.sum(1) + (maximum - maximum).squeeze(1) + spoilt[chunk]
         measures.holders[chunk] = holds.squeeze(1).to(wide)
         measures.distances[:, chunk] = -below.gather(1, ids).masked_fill_(~mine, 0).t()
         if measures.shortfall is not None:
@@ -183,8 +199,8 @@ def torch_scores(targets: Targets, shard: VocabularyShard, measures: Measures, s
     """`launch_scores` in PyTorch: fill the ``scores`` from the sums of all ranks."""
     weights = _coefficients(targets, scores.rows.dtype)
     found = _Rows(
-        measures.maxima[0], measures.rest + (measures.holders - 1), measures.distances.t(), measures.shortfall,
-        measures.weighted_sum, measures.predictions,
+        measures.maxima[MAXIMUM_LOGIT], measures.rest + (measures.holders - 1), measures.distances.t(),
+        measures.shortfall, measures.weighted_sum, measures.predictions,
     )  # fmt: skip
     _fill_scores(slice(None), found, targets, scores, weights, shard.vocab_size)
 
