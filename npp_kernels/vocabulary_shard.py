@@ -127,7 +127,8 @@ class VocabularyShard:
 
     def start_all_reduce(self, tensor: Tensor, operation: str) -> dist.Work:
         """Begin `all_reduce`, and return what has to be waited for."""
-        group = dist.distributed_c10d._resolve_process_group(self.group_name)  # as torch's own compiled collectives do
+        # By name, as torch's own collectives in compiled code find theirs.
+        group = dist.distributed_c10d._resolve_process_group(self.group_name)  # type: ignore[arg-type]
         work = dist.all_reduce(tensor, getattr(dist.ReduceOp, operation.upper()), group=group, async_op=True)
         assert work is not None  # which it is for a process that is not in the group
         return work

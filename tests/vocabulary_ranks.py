@@ -678,6 +678,12 @@ def compiled(ranks):
         results.append([loss.detach(), predictions, *(leaf.grad for leaf in leaves)])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
+    settings = (-100, "none", 0.1, None, 5.0, True, list(shard.sizes), shard.rank, shard.group_name)
+    call = (hidden @ part.t(), groups, None, None, None, *settings, True, True)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.npp_kernels.sharded_scores, call, test_utils=checks)
+    assert len(torch.ops.npp_kernels.sharded_scores(*call)) == 4
+    torch.library.opcheck(torch.ops.npp_kernels.sum_over_ranks, (hidden, shard.group_name), test_utils=checks)
 
 
 def named(dtype):

@@ -89,7 +89,7 @@ class Measures(NamedTuple):
             sums[2 : 2 + group_size],
             sums[2 + group_size] if smoothed else None,
             sums[-1] if stats else None,
-            torch.empty_like(scores.predictions) if stats else None,
+            None if scores.predictions is None else torch.empty_like(scores.predictions),
         )
 
     def find_other_rows(self) -> Tensor:

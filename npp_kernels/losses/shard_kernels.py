@@ -11,6 +11,8 @@ Both touch a few numbers a row. The gradient is that of `gradient_kernels`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -225,7 +227,7 @@ def _score_kernel(
         )
 
 
-def measure_options(slice_size: int, itemsize: int, with_options: bool) -> dict[str, int]:
+def measure_options(slice_size: int, itemsize: int, with_options: bool) -> dict[str, Any]:
     """Return the tiling of a row, where options may keep a few values more for every logit."""
     limit = (MEASURE_OPTIONS_BYTES if with_options else MEASURE_BYTES) // itemsize
     block_vocab = min(max(next_power_of_2(slice_size), 32), limit)

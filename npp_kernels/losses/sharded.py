@@ -93,8 +93,9 @@ def _(logits, *arguments):
 
 def _room(logits: Tensor, arguments: Sequence[Any]) -> tuple[Targets, Scores]:
     """Return the targets behind the operator's arguments, and room for their scores."""
-    settings, shard, (per_target, stats) = Settings(*arguments[4:10]), arguments[10:13], arguments[13:]
-    targets = Targets(*arguments[:4], settings, restored_shard(*shard))
+    groups, slot_scale, class_weight, totals = arguments[:4]
+    shard, (per_target, stats) = restored_shard(*arguments[10:13]), arguments[13:]
+    targets = Targets(groups, slot_scale, class_weight, totals, Settings(*arguments[4:10]), shard)
     return targets, Scores.empty(targets, logits.dtype, per_target=per_target, stats=stats)
 
 
@@ -104,8 +105,8 @@ def find_scores(logits: Tensor, targets: Targets, *, per_target: bool, stats: bo
         scores = Scores.empty(targets, logits.dtype, per_target=per_target, stats=stats)
         score_over_ranks(logits, targets, scores)
         return scores
-    found = list(
-        _sharded_scores(logits, *targets[:4], *targets.settings, *flattened_shard(targets.shard), per_target, stats)
-    )
-    there = (True, per_target, targets.settings.token_scaling, stats)
-    return Scores(*(found.pop(0) if is_there else None for is_there in there))
+    shard = flattened_shard(targets.shard)
+    rows, *found = _sharded_scores(logits, *targets[:4], *targets.settings, *shard, per_target, stats)
+    losses = found.pop(0) if per_target else None
+    probabilities = found.pop(0) if targets.settings.token_scaling else None
+    return Scores(rows, losses, probabilities, found.pop(0) if stats else None)

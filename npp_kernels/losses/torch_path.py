@@ -77,8 +77,7 @@ class _Rows(NamedTuple):
     rest: Tensor  # [n]: the sum of exponentials without one maximum
     distances: Tensor  # [n, K]: how far the targets are below the maximum
     shortfall: Tensor | None  # [n]: Σ_v w_v (maximum − z_v), for label smoothing
-    weighted_sum: Tensor | None  # [n]: Σ_v exp(z_v − maximum) (z_v − maximum), for statistics, as the next
-    predictions: Tensor | None  # [n]
+    statistics: tuple[Tensor, Tensor] | None  # [n] each: the prediction, and Σ_v exp(z_v − maximum) (z_v − maximum)
 
 
 def _fill_scores(
@@ -94,7 +93,7 @@ def _fill_scores(
     nll = log_total.unsqueeze(1) + found.distances
     of_ids = class_weights if isinstance(class_weights, float) else class_weights[chunk]
     losses = of_ids * nll
-    if settings.label_smoothing is not None:
+    if found.shortfall is not None and settings.label_smoothing is not None:
         if targets.class_weight is None:
             smooth = log_total + found.shortfall / vocab_size
         else:
@@ -115,12 +114,13 @@ def _fill_scores(
     scores.rows[REST, chunk] = found.rest
     if scores.losses is not None:
         scores.losses[chunk] = losses
-    if scores.predictions is not None:
-        scores.predictions[chunk] = found.predictions
-        hit = (found.predictions.unsqueeze(1) == groups) & counted
+    if found.statistics is not None and scores.predictions is not None:
+        predictions, weighted_sum = found.statistics
+        scores.predictions[chunk] = predictions
+        hit = (predictions.unsqueeze(1) == groups) & counted
         scores.rows[LSE, chunk] = lse
         scores.rows[ACCURACY, chunk] = hit.any(1).to(lse.dtype)
-        scores.rows[ENTROPY, chunk] = log_total - found.weighted_sum / (1 + found.rest)
+        scores.rows[ENTROPY, chunk] = log_total - weighted_sum / (1 + found.rest)
 
 
 def _shortfall(below: Tensor, targets: Targets, by_id: Tensor | None) -> Tensor | None:
@@ -150,13 +150,11 @@ def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
         # One maximum must not round the others away; where it is infinite or NaN, so is what comes of it.
         rest = exponentials.scatter_(1, arg_max, 0).sum(1) + (maximum - maximum).squeeze(1)
         distances = -below.gather(1, groups.masked_fill(~counted, 0).long())
-        predictions = weighted_sum = None
+        statistics = None
         if scores.predictions is not None:
             predictions = arg_max if settings.softcap is None else logits[chunk].argmax(1, keepdim=True)
-            predictions = predictions.squeeze(1)
-            weighted_sum = _weighted_sum(exponentials, below)
-        shortfall = _shortfall(below, targets, by_id)
-        found = _Rows(maximum.squeeze(1), rest, distances, shortfall, weighted_sum, predictions)
+            statistics = predictions.squeeze(1), _weighted_sum(exponentials, below)
+        found = _Rows(maximum.squeeze(1), rest, distances, _shortfall(below, targets, by_id), statistics)
         _fill_scores(chunk, found, targets, scores, weights, below.shape[1])
 
 
@@ -189,8 +187,9 @@ def torch_sums(logits: Tensor, targets: Targets, shard: VocabularyShard, own: Te
         measures.rest[chunk] = exponentials.sum(1) + (maximum - maximum).squeeze(1) + spoilt[chunk]
         measures.holders[chunk] = holds.squeeze(1).to(wide)
         measures.distances[:, chunk] = -below.gather(1, ids).masked_fill_(~mine, 0).t()
-        if measures.shortfall is not None:
-            measures.shortfall[chunk] = _shortfall(below, targets, by_id)
+        shortfall = _shortfall(below, targets, by_id)
+        if measures.shortfall is not None and shortfall is not None:
+            measures.shortfall[chunk] = shortfall
         if measures.weighted_sum is not None:
             measures.weighted_sum[chunk] = _weighted_sum(exponentials, below)
 
@@ -198,10 +197,11 @@ def torch_sums(logits: Tensor, targets: Targets, shard: VocabularyShard, own: Te
 def torch_scores(targets: Targets, shard: VocabularyShard, measures: Measures, scores: Scores) -> None:
     """`launch_scores` in PyTorch: fill the ``scores`` from the sums of all ranks."""
     weights = _coefficients(targets, scores.rows.dtype)
-    found = _Rows(
-        measures.maxima[MAXIMUM_LOGIT], measures.rest + (measures.holders - 1), measures.distances.t(),
-        measures.shortfall, measures.weighted_sum, measures.predictions,
-    )  # fmt: skip
+    statistics = None
+    if measures.predictions is not None and measures.weighted_sum is not None:
+        statistics = measures.predictions, measures.weighted_sum
+    rest = measures.rest + (measures.holders - 1)
+    found = _Rows(measures.maxima[MAXIMUM_LOGIT], rest, measures.distances.t(), measures.shortfall, statistics)
     _fill_scores(slice(None), found, targets, scores, weights, shard.vocab_size)
 
 
