@@ -10,6 +10,7 @@ from npp_kernels.losses.patch_cross_entropy import patch_cross_entropy
 from npp_kernels.modules import LinearPatchCrossEntropyLoss, PatchCrossEntropyLoss, PatchEmbedding
 from npp_kernels.schedule import PatchSchedule, Stage
 from npp_kernels.step_graph import StepGraph
+from npp_kernels.vocabulary_shard import VocabularyShard
 
 __all__ = [
     "LinearPatchCrossEntropyLoss",
@@ -19,6 +20,7 @@ __all__ = [
     "PatchSchedule",
     "Stage",
     "StepGraph",
+    "VocabularyShard",
     "check_ids",
     "group_mean",
     "group_tokens",

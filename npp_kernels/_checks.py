@@ -97,14 +97,19 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
         raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {tensor.device}")
 
 
-def check_id_range(groups: Tensor, vocab_size: int, ignore_index: int | None) -> None:
-    """Raise on an id outside ``[0, vocab_size)``: an IndexError on the CPU; on a GPU a ValueError, if asked for.
+def may_read(groups: Tensor) -> bool:
+    """Return whether ids are looked at on the host: on the CPU; on a GPU, where it has to wait, if asked for.
 
-    Skipped while `torch.compile` traces: a data-dependent branch would break the graph.
+    Never while `torch.compile` traces, whose graph a data-dependent branch would break, nor while a graph is captured.
     """
     if torch.compiler.is_compiling() or groups.is_meta or not (groups.device.type == "cpu" or _ids_are_checked):
-        return
-    if groups.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return not (groups.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_id_range(groups: Tensor, vocab_size: int, ignore_index: int | None) -> None:
+    """Raise on an id outside ``[0, vocab_size)``: an IndexError on the CPU; on a GPU a ValueError, if asked for."""
+    if not may_read(groups):
         return
     if not groups.numel():
         return

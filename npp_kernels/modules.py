@@ -11,6 +11,7 @@ from npp_kernels.embeddings.group_mean import group_mean
 from npp_kernels.losses.linear_patch_cross_entropy import linear_patch_cross_entropy
 from npp_kernels.losses.options import LossOptions, PatchLossStats, check_chunk_rows
 from npp_kernels.losses.patch_cross_entropy import patch_cross_entropy
+from npp_kernels.vocabulary_shard import VocabularyShard
 
 
 class PatchEmbedding(nn.Embedding):
@@ -112,7 +113,12 @@ class PatchCrossEntropyLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
     def forward(
-        self, logits: Tensor, groups: Tensor, *, num_targets: float | Tensor | None = None
+        self,
+        logits: Tensor,
+        groups: Tensor,
+        *,
+        num_targets: float | Tensor | None = None,
+        shard: VocabularyShard | None = None,
     ) -> Tensor | tuple[Tensor, PatchLossStats]:
         """Return the loss of ``logits [..., V]`` against ``groups [..., K]``."""
         return patch_cross_entropy(
@@ -121,6 +127,7 @@ class PatchCrossEntropyLoss(nn.Module):
             slot_weights=self.slot_weights,
             class_weight=self.class_weight,
             num_targets=num_targets,
+            shard=shard,
             **self.options,
         )
 
@@ -163,6 +170,7 @@ class LinearPatchCrossEntropyLoss(PatchCrossEntropyLoss):
         *,
         bias: Tensor | None = None,
         num_targets: float | Tensor | None = None,
+        shard: VocabularyShard | None = None,
     ) -> Tensor | tuple[Tensor, PatchLossStats]:
         """Return the loss of ``hidden [..., D]`` times ``weight [V, D]`` against ``groups [..., K]``."""
         return linear_patch_cross_entropy(
@@ -173,5 +181,6 @@ class LinearPatchCrossEntropyLoss(PatchCrossEntropyLoss):
             slot_weights=self.slot_weights,
             class_weight=self.class_weight,
             num_targets=num_targets,
+            shard=shard,
             **self.options,
         )

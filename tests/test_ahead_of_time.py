@@ -35,7 +35,7 @@ from npp_kernels.embeddings.group_mean import (
     _segment_sums_kernel,
 )
 from npp_kernels.embeddings.patch_mean import _patch_mean_kernel
-from npp_kernels.losses import exponential_rows, exponentials, gradient_kernels, row_kernels, targets
+from npp_kernels.losses import exponential_rows, exponentials, gradient_kernels, row_kernels, shard_kernels, targets
 from reference import attention, optimizer, swiglu
 from tests.conftest import INTERPRETED
 from tests.decode_cases import DECODE_CASES, HOPPER_DECODE_CASES
@@ -96,14 +96,14 @@ def resources(compiled, tmp_path):
     return int(registers), int(stack), int(local)
 
 
-def group_mean_arguments(dtype, group_size, ignored):
+def group_mean_arguments(dtype, group_size, ignored, divide=True):
     block_hidden = MAX_BLOCK_HIDDEN
     return {
         "table_ptr": f"*{dtype}", "groups_ptr": "*i64", "out_ptr": f"*{dtype}",
         "counts_ptr": "*fp32" if ignored else None, "num_groups": "i32", "vocab_size": "i32", "hidden_size": "i32",
         "row_stride": "i32", "ignore_index": "i32",
         "GROUP_SIZE": group_size, "HAS_IGNORED": ignored, "BLOCK_GROUPS": 2, "BLOCK_HIDDEN": block_hidden,
-        "UNROLL": UNROLLED_SLOTS,
+        "UNROLL": UNROLLED_SLOTS, "DIVIDE": divide,
     }  # fmt: skip
 
 
@@ -207,8 +207,50 @@ def gradient_arguments(dtype, group_size, per_target):
     return ({"maxnreg": gradient_kernels.MAX_REGISTERS} if limited else {}) | {
         **loss_arguments(dtype, group_size, everything=not per_target, totals=not per_target),
         "upstream_ptr": None if per_target else "*fp32", "target_upstream_ptr": "*fp32" if per_target else None,
-        "num_rows": "i32", "SKIP_UNIT": not per_target,
+        "num_rows": "i32", "first_id": None, "num_ids": None, "SKIP_UNIT": not per_target,
         "BLOCK_VOCAB": gradient_kernels.GRADIENT_BLOCK, "EVEN": per_target, "num_warps": 8,
+    }  # fmt: skip
+
+
+def slice_gradient_arguments():
+    return {**gradient_arguments("bf16", 4, False), "first_id": "i32", "num_ids": "i32"}
+
+
+def measure_arguments(dtype, slice_size, group_size, everything=False):
+    pointer = "*fp32" if everything else None
+    return {
+        "logits_ptr": f"*{dtype}", "groups_ptr": "*i64", "class_weight_ptr": pointer, "maximum_ptr": "*fp32",
+        "checksum_ptr": "*fp32", "before_cap_ptr": pointer, "rest_ptr": "*fp32", "distances_ptr": "*fp32",
+        "shortfall_ptr": pointer,
+        "weighted_sum_ptr": pointer, "predictions_ptr": "*i64" if everything else None, "logits_stride": "i32",
+        "rows_stride": "i32", "slice_size": "i32", "first_id": "i32", "ignore_index": "i32",
+        "softcap": "fp32" if everything else None,
+        "GROUP_SIZE": group_size, "BLOCK_SLOTS": triton.next_power_of_2(group_size),
+        **shard_kernels.measure_options(slice_size, 4 if dtype == "fp32" else 2, everything),
+    }  # fmt: skip
+
+
+def sum_arguments(group_size, everything=False):
+    pointer = "*fp32" if everything else None
+    return {
+        "own_ptr": "*fp32", "maxima_ptr": "*fp32", "checksum_ptr": "*fp32", "groups_ptr": "*i64",
+        "slice_weight_ptr": pointer,
+        "rest_ptr": "*fp32", "holders_ptr": "*fp32", "distances_ptr": "*fp32", "shortfall_ptr": pointer,
+        "weighted_sum_ptr": pointer, "num_rows": "i32", "slice_size": "i32", "first_id": "i32", "ignore_index": "i32",
+        "GROUP_SIZE": group_size, "BLOCK_ROWS": shard_kernels.SUM_ROWS,
+    }  # fmt: skip
+
+
+def rank_score_arguments(group_size, everything=False):
+    pointer, ids = ("*fp32", "*i64") if everything else (None, None)
+    return {
+        "maxima_ptr": "*fp32", "rest_ptr": "*fp32", "holders_ptr": "*fp32", "distances_ptr": "*fp32",
+        "shortfall_ptr": pointer, "weighted_sum_ptr": pointer, "best_ids_ptr": ids, "groups_ptr": "*i64",
+        "slot_scale_ptr": pointer, "class_weight_ptr": pointer, "totals_ptr": "*fp32", "rows_ptr": "*fp32",
+        "losses_ptr": pointer, "probabilities_ptr": pointer, "predictions_ptr": ids, "rows_stride": "i32",
+        "num_rows": "i32", "vocab_size": "i32", "ignore_index": "i32",
+        "label_smoothing": "fp32" if everything else None, "z_loss": "fp32" if everything else None, "num_warps": 1,
+        **loss_targets(group_size).constants(),
     }  # fmt: skip
 
 
@@ -291,6 +333,7 @@ CASES = {
     "group_mean K=1": (_group_mean_kernel, group_mean_arguments("bf16", 1, False)),
     "group_mean K=16": (_group_mean_kernel, group_mean_arguments("bf16", 16, False)),
     "group_mean K=64 ignored": (_group_mean_kernel, group_mean_arguments("fp32", 64, True)),
+    "group_mean K=4, sums": (_group_mean_kernel, group_mean_arguments("bf16", 4, True, False)),
     "segment_sums K=4": (_segment_sums_kernel, segment_sums_arguments("bf16", 4, False)),
     "segment_sums K=4 ignored": (_segment_sums_kernel, segment_sums_arguments("fp32", 4, True)),
     "frequent_rows K=4": (_frequent_rows_kernel, frequent_rows_arguments("bf16", 4, False)),
@@ -318,6 +361,14 @@ CASES = {
     "gradient K=16 per target": (gradient_kernels._gradient_kernel, gradient_arguments("bf16", 16, True)),
     "gradient K=64 per target": (gradient_kernels._gradient_kernel, gradient_arguments("bf16", 64, True)),
     "gradient K=256 per target": (gradient_kernels._gradient_kernel, gradient_arguments("bf16", 256, True)),
+    "gradient K=4 of a slice": (gradient_kernels._gradient_kernel, slice_gradient_arguments()),
+    "measure V=64128 K=4": (shard_kernels._measure_kernel, measure_arguments("bf16", 64128, 4)),
+    "measure V=16032 K=16": (shard_kernels._measure_kernel, measure_arguments("bf16", 16032, 16)),
+    "measure V=64128 K=1 all options": (shard_kernels._measure_kernel, measure_arguments("fp32", 64128, 1, True)),
+    "sums over ranks K=4": (shard_kernels._sum_kernel, sum_arguments(4)),
+    "sums over ranks K=256 all options": (shard_kernels._sum_kernel, sum_arguments(256, True)),
+    "score over ranks K=1": (shard_kernels._score_kernel, rank_score_arguments(1)),
+    "score over ranks K=256 all options": (shard_kernels._score_kernel, rank_score_arguments(256, True)),
     "scale": (gradient_kernels._scale_kernel, scale_arguments("bf16")),
 }
 

@@ -62,7 +62,22 @@ def test_the_operators_in_compiled_code_are_what_they_say(wants, per_target, sta
     bias, groups = torch.randn(64, device=device), torch.randint(64, (20, 3), device=device)
     class_weight, totals = torch.rand(65, device=device), torch.ones(2, 4, device=device)
     settings = (-100, "target", 0.1, 0.01, 5.0, token_scaling)
-    call = (hidden, weight, bias, groups, None, class_weight, totals, *settings, torch.float32, 6, list(wants))
+    call = (
+        hidden,
+        weight,
+        bias,
+        groups,
+        None,
+        class_weight,
+        totals,
+        *settings,
+        None,
+        0,
+        "",
+        torch.float32,
+        6,
+        list(wants),
+    )
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.npp_kernels.linear_loss, (*call, per_target, stats), test_utils=checks)
     found = torch.ops.npp_kernels.linear_loss(*call, per_target, stats)

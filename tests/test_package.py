@@ -26,6 +26,8 @@ LAYERS = [
     {"modules"},
     {"losses.linear_patch_cross_entropy"},
     {"losses.patch_cross_entropy", "losses.chunks"},
+    {"losses.sharded"},
+    {"losses.shard_kernels"},
     {"losses.exponentials", "losses.row_kernels", "losses.gradient_kernels", "losses.torch_path"},
     {"losses.exponential_rows"},
     {"losses.scores"},
@@ -34,7 +36,7 @@ LAYERS = [
     {"embeddings.group_mean", "embeddings.patch_mean", "embeddings.__init__"},
     {"embeddings.segments"},
     {"schedule", "step_graph"},
-    {"_recorder"},
+    {"_recorder", "vocabulary_shard"},
     {"_triton_math", "_dispatch", "_autograd", "grouping"},
     {"_checks"},
 ]

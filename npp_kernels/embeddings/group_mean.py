@@ -32,6 +32,14 @@ from npp_kernels._checks import (
 )
 from npp_kernels._dispatch import cdiv, launch, next_power_of_2, runs_kernels
 from npp_kernels.embeddings.segments import find_segments
+from npp_kernels.vocabulary_shard import (
+    VocabularyShard,
+    check_same_rows,
+    find_vocab_size,
+    is_dtensor,
+    local_slice,
+    sum_over_ranks,
+)
 
 # H100, 2026-11-24, bf16, V = 16,384, 256 images of 16×16 tokens; docs/tuning.md has what else was tried.
 # A tile of 8,192 embeddings, 256 columns wide, 4 slots at a time: 15 µs at D = 768, K = 16 on real tokens (4,096 and 8
@@ -48,6 +56,8 @@ WARP_UNROLL = 4
 FREQUENT_SPAN = 4
 FREQUENT_ROWS = 32
 FREQUENT_HIDDEN = 64
+
+ELSEWHERE = -1  # the row of an id that another rank holds, or that is ignored
 
 
 @triton.jit
@@ -98,7 +108,7 @@ def _group_mean_kernel(
     table_ptr,  # [vocab_size, hidden_size]
     groups_ptr,  # [num_groups, GROUP_SIZE]
     out_ptr,  # [num_groups, hidden_size] out
-    counts_ptr,  # [num_groups] out: ids that count, if HAS_IGNORED
+    counts_ptr,  # [num_groups] out: ids that count, if HAS_IGNORED and DIVIDE
     num_groups,
     vocab_size,
     hidden_size,
@@ -109,8 +119,9 @@ def _group_mean_kernel(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     UNROLL: tl.constexpr,
+    DIVIDE: tl.constexpr,
 ):
-    """One program averages BLOCK_HIDDEN columns of BLOCK_GROUPS groups, accumulating in fp32."""
+    """One program averages, or with DIVIDE off adds up, BLOCK_HIDDEN columns of BLOCK_GROUPS groups, in fp32."""
     group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     group_mask = group < num_groups
@@ -130,7 +141,9 @@ def _group_mean_kernel(
         total, lost = _added(total, lost, rows, table_ptr.dtype.element_ty == tl.float32)
         count += counted
 
-    if HAS_IGNORED:
+    if not DIVIDE:
+        mean = total
+    elif HAS_IGNORED:
         mean = tl.div_rn(total, tl.maximum(count, 1.0)[:, None])
         if tl.program_id(1) == 0:
             tl.store(counts_ptr + group, count, mask=group_mask)
@@ -279,14 +292,17 @@ def _frequent_rows_kernel(
 
 
 def _launch_forward(
-    table: Tensor, groups: Tensor, ignore_index: int | None, out_dtype: torch.dtype
+    table: Tensor, groups: Tensor, ignore_index: int | None, out_dtype: torch.dtype, *, divide: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the means ``[P, D]`` of ``groups [P, K]`` and, where ids may be ignored, the counts ``[P]``."""
+    """Return the means ``[P, D]`` of ``groups [P, K]`` and, where ids may be ignored, the counts ``[P]``.
+
+    Without ``divide`` the sums, and no counts.
+    """
     num_groups, group_size = groups.shape
     vocab_size, hidden_size = table.shape
     out = torch.empty((num_groups, hidden_size), dtype=out_dtype, device=table.device)
     counts = None
-    if ignore_index is not None:
+    if ignore_index is not None and divide:
         counts = torch.empty(num_groups, dtype=torch.float32, device=table.device)
     if out.numel() == 0:
         return out, counts
@@ -309,6 +325,7 @@ def _launch_forward(
         BLOCK_GROUPS=block_groups,
         BLOCK_HIDDEN=block_hidden,
         UNROLL=UNROLLED_SLOTS,
+        DIVIDE=divide,
     )
     return out, counts
 
@@ -353,7 +370,7 @@ def _launch_backward(
 
 
 def _torch_forward(
-    table: Tensor, groups: Tensor, ignore_index: int | None, out_dtype: torch.dtype
+    table: Tensor, groups: Tensor, ignore_index: int | None, out_dtype: torch.dtype, *, divide: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """`_launch_forward` in PyTorch: one slot of all groups at a time where no operation serves the whole."""
     num_groups, group_size = groups.shape
@@ -375,6 +392,8 @@ def _torch_forward(
     total = load_rows(0).to(wide)
     for slot in range(1, group_size):
         total += load_rows(slot)
+    if not divide:
+        return total.to(out_dtype), None
     if ignored is None:
         return total.div_(group_size).to(out_dtype), None
     counts = (~ignored).sum(1).to(wide)
@@ -407,11 +426,34 @@ def _torch_backward(
     return sums[:vocab_size].to(dtype)
 
 
+def _local_groups(groups: Tensor, ignore_index: int | None, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
+    """Return the groups as rows of this rank's table, `ELSEWHERE` for those of others; and how many ids count.
+
+    An id of nobody's becomes one that is out of range here too, so that its group is NaN.
+    """
+    here = (groups >= shard.start) & (groups < shard.stop)
+    nobodys = (groups < 0) | (groups >= shard.vocab_size)
+    counts = torch.full_like(groups[:, 0], groups.shape[1])
+    if ignore_index is not None:
+        counted = groups != ignore_index
+        counts, here, nobodys = counted.sum(1), here & counted, nobodys & counted
+    local = torch.where(here, groups - shard.start, torch.where(nobodys, shard.size, ELSEWHERE))
+    return local.to(groups.dtype), counts
+
+
 class _GroupMean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table, groups, ignore_index, out_dtype):
+    def forward(ctx, table, groups, ignore_index, out_dtype, shard):
         forward = _launch_forward if runs_kernels(table) else _torch_forward
-        out, counts = forward(table, groups, ignore_index, out_dtype)
+        if shard is None:
+            out, counts = forward(table, groups, ignore_index, out_dtype)
+        else:
+            wide = torch.promote_types(table.dtype, torch.float32)
+            groups, counts = _local_groups(groups, ignore_index, shard)
+            counts = counts.to(wide)
+            ignore_index = ELSEWHERE
+            sums = sum_over_ranks(forward(table, groups, ignore_index, wide, divide=False)[0], shard)
+            out = (sums / counts.clamp(min=1).unsqueeze(1)).to(out_dtype)
         ctx.save_for_backward(groups, counts)
         ctx.ignore_index = ignore_index
         ctx.vocab_size = table.shape[0]
@@ -424,11 +466,16 @@ class _GroupMean(torch.autograd.Function):
         groups, counts = ctx.saved_tensors
         backward = _launch_backward if runs_kernels(grad) else _torch_backward
         grad_table = backward(grad.contiguous(), groups, counts, ctx.ignore_index, ctx.vocab_size, ctx.table_dtype)
-        return grad_table, None, None, None
+        return grad_table, None, None, None, None
 
 
 def group_mean(
-    table: Tensor, groups: Tensor, *, ignore_index: int | None = None, out_dtype: torch.dtype | None = None
+    table: Tensor,
+    groups: Tensor,
+    *,
+    ignore_index: int | None = None,
+    out_dtype: torch.dtype | None = None,
+    shard: VocabularyShard | None = None,
 ) -> Tensor:
     """Average the embeddings of each group of ids: ``table [V, D], groups [..., K] -> [..., D]``.
 
@@ -448,39 +495,47 @@ def group_mean(
         groups: ``[..., K]``, int32 or int64, ids in ``[0, V)`` or ``ignore_index``; usually from `group_tokens`.
         ignore_index: an id that is left out of the sum and of the divisor; None where every id counts.
         out_dtype: the dtype of the result; the table's where None.
+        shard: which ids the rows of ``table`` are, where a process group shares out the vocabulary: ``table [V_r, D]``
+            then, and on every rank the same ``groups``, with ids of the whole vocabulary. Every rank gets all means,
+            and the gradient of its own rows. A `DTensor` with the placement ``Shard(0)`` needs none.
 
     Returns:
         ``[..., D]`` of ``out_dtype``.
 
     Raises:
-        TypeError: a tensor of another dtype or a `DTensor`.
+        TypeError: a tensor of another dtype, or a `DTensor` that is placed otherwise.
         ValueError: shapes or devices that do not match, or, with `check_ids` on, a bad id on a GPU.
         IndexError: an id out of range, on the CPU. On a GPU the group's mean is NaN and its ids get no gradient.
         RuntimeError: a double backward, or a transform of `torch.func`.
 
     Numerics:
         Sums in fp32 (fp64 for float64), rounded once. ``K = 1`` is `F.embedding`, bit for bit. The gradient of the
-        table accumulates in fp32, rounds once to the table's dtype, and is bitwise reproducible from run to run.
+        table accumulates in fp32, rounds once to the table's dtype, and is bitwise reproducible from run to run. Over a
+        shard the sums of all ranks are added in fp32 before they are divided and rounded; only a -0.0 becomes 0.0.
 
     Memory:
-        Forward: the result alone. Backward: the table's gradient, about 20 bytes for every id, and ``D/16`` bytes for
-        every id, for the sums of frequent ids.
+        Forward: the result alone; over a shard the sums in fp32, too. Backward: the table's gradient, about 20 bytes
+        for every id, and ``D/16`` bytes for every id, for the sums of frequent ids.
 
     Source:
         NPP (arXiv 2412.15321), section 3.2; ``tensor_patchify`` after the embedding in the official code.
     """
+    if is_dtensor(table):
+        table, shard = local_slice("table", table, 0, shard)
     check_floating("table", table, ndim=2)
     check_groups(groups)
     check_same_device("groups", groups, "table", table)
     if out_dtype is not None and out_dtype not in FLOATING_DTYPES:
         raise TypeError(f"out_dtype: expected float32, bfloat16, float16, float64 or None, got {out_dtype!r}")
     refuse_transforms("group_mean")
-    check_id_range(groups, table.shape[0], ignore_index)
+    check_id_range(groups, find_vocab_size("table", table, 0, shard), ignore_index)
     flat = groups.reshape(-1, groups.shape[-1]).contiguous()
+    if shard is not None:
+        check_same_rows(flat, shard)
     rows = table if table.stride(-1) == 1 else table.contiguous()
     wanted_dtype = table.dtype if out_dtype is None else out_dtype
-    if runs_kernels(table) or wants_backward(table):
-        out = _GroupMean.apply(rows, flat, ignore_index, wanted_dtype)
+    if runs_kernels(table) or wants_backward(table) or shard is not None:
+        out = _GroupMean.apply(rows, flat, ignore_index, wanted_dtype, shard)
     else:
         out, _ = _torch_forward(rows, flat, ignore_index, wanted_dtype)
     return out.view(*groups.shape[:-1], table.shape[1])

@@ -80,7 +80,7 @@ class PatchLoss(BaseLoss):
 
     Raises:
         ValueError: ``labels`` do not have the rows of ``pred``: they were not grouped, or grouped otherwise.
-        TypeError: logits that are sharded over the vocabulary, and those of `npp_kernels.patch_cross_entropy`.
+        TypeError: those of `npp_kernels.patch_cross_entropy`.
     """
 
     @dataclass(kw_only=True, slots=True)

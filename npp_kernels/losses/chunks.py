@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from npp_kernels._dispatch import cdiv, runs_kernels
@@ -17,8 +18,10 @@ from npp_kernels.losses.exponentials import find_offsets, launch_exponentials, s
 from npp_kernels.losses.gradient_kernels import launch_gradient
 from npp_kernels.losses.row_kernels import launch_loss
 from npp_kernels.losses.scores import Scores
+from npp_kernels.losses.sharded import score_over_ranks
 from npp_kernels.losses.targets import Targets
 from npp_kernels.losses.torch_path import torch_gradient, torch_loss
+from npp_kernels.vocabulary_shard import VocabularyShard
 
 # Adding a chunk to the fp32 gradient of the weight reads and writes 8·V·D bytes, against 6·rows·V·D operations: at an
 # H100's rates 311/rows of the products' time, whatever V and D. 4,096 rows lose 8%, 512 rows 60% (H100, 2026-11-24:
@@ -88,8 +91,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 class _Products:
     """The products of one call, in their dtype: logits by chunk, and the gradients that are gathered from them."""
 
-    def __init__(self, layer: Layer, plan: Plan, *, spare: bool = True) -> None:
-        self.given, self.wants = layer, plan.wants
+    def __init__(self, layer: Layer, plan: Plan, shard: VocabularyShard | None, *, spare: bool = True) -> None:
+        self.given, self.wants, self.shard = layer, plan.wants, shard
         hidden, weight, bias = layer
         self.hidden = hidden.to(plan.dtype)
         self.weight = weight.to(plan.dtype)
@@ -98,10 +101,13 @@ class _Products:
         # The fp32 gradient of the weight is a buffer of its own where the weight has another dtype.
         summed_apart = spare and plan.wants[1] and weight.dtype != self.wide
         spare_rows = self.wide.itemsize * weight.shape[1] // plan.dtype.itemsize if summed_apart else 0
-        self.chunks = list(find_chunks(hidden.shape[0], weight.shape[0], plan.chunk_rows, spare_rows))
+        # Ranks with slices of other sizes make the same chunks, for after each they talk to each other.
+        num_ids = weight.shape[0] if shard is None else max(shard.sizes)
+        self.chunks = list(find_chunks(hidden.shape[0], num_ids, plan.chunk_rows, spare_rows))
         self.grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if plan.wants[0] else None
         self.grad_weight: Tensor | None = None
         self.grad_bias: Tensor | None = None
+        self.on_its_way: tuple[slice, Tensor, dist.Work] | None = None
 
     def logits(self, chunk: slice) -> Tensor:
         """Return one chunk of logits."""
@@ -122,7 +128,9 @@ class _Products:
         """
         hidden = self.hidden[chunk] if scaled_hidden is None else scaled_hidden
         if self.grad_hidden is not None:
-            if row_scale is not None:
+            if self.shard is not None:
+                self._start_sum(chunk, _product(dlogits, self.weight, self.wide), self.shard)
+            elif row_scale is not None:
                 scale_rows(_product(dlogits, self.weight, self.wide), row_scale, self.grad_hidden[chunk])
             elif self.grad_hidden.dtype == dlogits.dtype:
                 torch.mm(dlogits, self.weight, out=self.grad_hidden[chunk])
@@ -139,8 +147,21 @@ class _Products:
             total = dlogits.sum(0, dtype=self.wide)
             self.grad_bias = total if self.grad_bias is None else self.grad_bias.add_(total)
 
+    def _start_sum(self, chunk: slice, part: Tensor, shard: VocabularyShard) -> None:
+        """Begin to sum a chunk of the hidden states' gradient over the ranks, in fp32, beside the next chunk's work."""
+        self._finish_sum()
+        self.on_its_way = chunk, part, shard.start_all_reduce(part, "sum")
+
+    def _finish_sum(self) -> None:
+        if self.on_its_way is not None and self.grad_hidden is not None:
+            chunk, total, work = self.on_its_way
+            work.wait()
+            self.grad_hidden[chunk] = total  # rounded here, once
+            self.on_its_way = None
+
     def gradients(self) -> Gradients:
         """Return the gradients in the dtypes of the arguments."""
+        self._finish_sum()
 
         def finished(want: bool, total: Tensor | None, given: Tensor | None) -> Tensor | None:
             if not want or given is None:
@@ -158,21 +179,25 @@ class _Products:
 
 def _score(logits: Tensor, targets: Targets, scores: Scores, with_gradient: bool) -> None:
     """Fill the ``scores``; with the gradient, for an upstream of 1, overwrite the ``logits`` by it."""
-    if runs_kernels(logits):
+    if targets.shard is not None:
+        score_over_ranks(logits, targets, scores)
+    elif runs_kernels(logits):
         launch_loss(logits, logits if with_gradient else None, targets, scores)
         return
-    torch_loss(logits, targets, scores)
+    else:
+        torch_loss(logits, targets, scores)
     if with_gradient:
         unit = torch.ones((), dtype=scores.rows.dtype, device=logits.device)
-        torch_gradient(logits, logits, targets, scores, unit)
+        (launch_gradient if runs_kernels(logits) else torch_gradient)(logits, logits, targets, scores, unit)
 
 
 def loss_and_gradients(layer: Layer, targets: Targets, plan: Plan, scores: Scores) -> Gradients:
     """Fill the ``scores``; return the wanted gradients, for an upstream of 1."""
     with torch.autocast(layer.hidden.device.type, enabled=False):
-        products = _Products(layer, plan)
+        products = _Products(layer, plan, targets.shard)
         wanted = any(plan.wants)
-        if wanted and products.bias is None and serves_exponentials(products.hidden, products.weight, targets, scores):
+        as_exponentials = wanted and products.bias is None and targets.shard is None
+        if as_exponentials and serves_exponentials(products.hidden, products.weight, targets, scores):
             offsets = find_offsets(products.hidden, products.weight)
             for chunk in products.chunks:
                 factors = launch_exponentials(
@@ -194,7 +219,7 @@ def gradients_from_scores(layer: Layer, targets: Targets, plan: Plan, scores: Sc
     """Return the wanted gradients for an ``upstream [] or [N, K]``, from the ``scores`` of the forward."""
     with torch.autocast(layer.hidden.device.type, enabled=False):
         # The forward, which wanted no gradients, had no spare rows: the same chunks give the same logits.
-        products = _Products(layer, plan, spare=False)
+        products = _Products(layer, plan, targets.shard, spare=False)
         upstream = upstream.contiguous()
         for chunk in products.chunks:
             logits = products.logits(chunk)

@@ -53,7 +53,7 @@ def _at_targets(
     )
 
 
-@triton.jit(do_not_specialize=["ignore_index", "num_rows", "rows_stride"])
+@triton.jit(do_not_specialize=["ignore_index", "num_rows", "rows_stride", "first_id", "num_ids"])
 def _gradient_kernel(
     logits_ptr,  # [num_rows, vocab_size]
     grad_ptr,  # [num_rows, vocab_size] out; may be logits_ptr
@@ -65,13 +65,16 @@ def _gradient_kernel(
     upstream_ptr,  # [] or None
     target_upstream_ptr,  # [num_rows, GROUP_SIZE] or None
     num_rows, logits_stride, grad_stride, rows_stride, vocab_size, ignore_index, label_smoothing, z_loss, softcap,
+    first_id, num_ids,  # of a slice of the vocabulary, and of the whole; None where the whole is here
     NORMALIZE: tl.constexpr, SKIP_UNIT: tl.constexpr, OVERLAP: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr, BLOCK_OTHERS: tl.constexpr, NUM_PARTIALS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr,
     BLOCK_VOCAB: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One program writes every num_programs-th block of BLOCK_VOCAB gradients.
 
-    With SKIP_UNIT the gradient for an upstream of 1 is there already, and there is nothing to do if it is 1.
+    With SKIP_UNIT the gradient for an upstream of 1 is there already, and there is nothing to do if it is 1. Where the
+    logits are a slice of the vocabulary, their number is ``vocab_size``; targets and class weights have ids of the
+    whole.
     """
     PRECISE: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
     # Where registers are left for it, logits are asked for before all else, and what happens at the targets is found
@@ -100,8 +103,11 @@ def _gradient_kernel(
         if EARLY:
             raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf"))
         targets = tl.load(groups_row + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
+        whole_size = vocab_size
+        if num_ids is not None:
+            whole_size = num_ids
         weights, class_weights, counted, in_range = find_weights(
-            targets, slots, slot_scale_ptr, class_weight_ptr, vocab_size, ignore_index, GROUP_SIZE
+            targets, slots, slot_scale_ptr, class_weight_ptr, whole_size, ignore_index, GROUP_SIZE
         )
         totals = load_totals(totals_ptr, NUM_PARTIALS, BLOCK_PARTIALS)
         divisor = find_divisor(tl.sum(weights * class_weights, axis=0), totals, NORMALIZE)
@@ -120,13 +126,17 @@ def _gradient_kernel(
             log_total = tl.where(rest < 1.0, log1p(rest), tl.log(1.0 + rest))
             slope = tl.where(penalty == 0, 0.0, 2.0 * penalty * (maximum + log_total))
         softmax_weight, surplus, spread, smoothing_rest = gradient_terms(
-            weights, class_weights, divisor, slope, label_smoothing, class_weight_ptr, vocab_size
+            weights, class_weights, divisor, slope, label_smoothing, class_weight_ptr, whole_size
         )
         weights *= class_weights
 
-        # Targets of this block only; the others belong to programs of their own.
-        in_block = in_range & (targets >= first) & (targets < first + BLOCK_VOCAB)
-        target_logits = capped(tl.load(logits_row + targets, mask=in_block, other=0.0).to(tl.float32), softcap)
+        # Targets of this block only; the others belong to programs of their own, or to other ranks.
+        columns = targets
+        if first_id is not None:
+            columns -= first_id
+            in_range = in_range & (columns < vocab_size)
+        in_block = in_range & (columns >= first) & (columns < first + BLOCK_VOCAB)
+        target_logits = capped(tl.load(logits_row + columns, mask=in_block, other=0.0).to(tl.float32), softcap)
         at_targets = tl.zeros([BLOCK_SLOTS], tl.float32)
         row_terms = (divisor, softmax_weight, surplus, spread, smoothing_rest, rest)
         if EARLY:
@@ -140,7 +150,10 @@ def _gradient_kernel(
         logits = capped(raw.to(tl.float32), softcap)
         by_id = spread
         if label_smoothing is not None:
-            by_id = times_class_weights(spread, class_weight_ptr, offsets, mask)
+            ids = offsets
+            if first_id is not None:
+                ids += first_id
+            by_id = times_class_weights(spread, class_weight_ptr, ids, mask)
         weighted_softmax = exp(logits - maximum, PRECISE) * divide(softmax_weight, 1.0 + rest)
         gradient = gradient_away_from_targets(weighted_softmax, logits, by_id, idle, softcap)
         tl.store(grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
@@ -149,7 +162,7 @@ def _gradient_kernel(
                 groups_row, (targets, in_block, weights, class_weights), maximum, row_terms, target_logits,
                 slots, softcap, PRECISE, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS,
             )  # fmt: skip
-        store_at_targets(grad_row, targets, at_targets, in_block, idle)
+        store_at_targets(grad_row, columns, at_targets, in_block, idle)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -193,7 +206,7 @@ def launch_gradient(
     grid, block_vocab = _gradient_blocks(logits, IDLE_PROGRAMS if skip_unit else GRADIENT_PROGRAMS)
     rows = scores.rows[MAXIMUM:]
     scalar, per_target = scores.split_upstream(upstream)
-    settings = targets.settings
+    settings, shard = targets.settings, targets.shard
     even = logits.shape[1] % block_vocab == 0
     limited = even and targets.is_plain and logits.element_size() == 2 and targets.groups.shape[1] in LIMITED_SLOTS
     launch(
@@ -217,6 +230,8 @@ def launch_gradient(
         settings.label_smoothing,
         settings.z_loss,
         settings.softcap,
+        None if shard is None else shard.start,
+        None if shard is None else shard.vocab_size,
         SKIP_UNIT=skip_unit,
         early=True,
         max_registers=MAX_REGISTERS if limited else None,

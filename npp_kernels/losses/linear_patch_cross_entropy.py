@@ -31,13 +31,16 @@ from npp_kernels.losses.gradient_kernels import launch_scale
 from npp_kernels.losses.options import LossOptions, PatchLossStats, check_chunk_rows
 from npp_kernels.losses.patch_cross_entropy import handed_out, returned, shaped_result
 from npp_kernels.losses.scores import Scores
+from npp_kernels.losses.sharded import flattened_shard, restored_shard
 from npp_kernels.losses.targets import Settings, Targets, find_targets
+from npp_kernels.vocabulary_shard import VocabularyShard, find_vocab_size, is_dtensor, local_slice, whole_tensor
 
 
 class Request(NamedTuple):
     """What a call asks for, beside its tensors."""
 
     settings: Settings
+    shard: VocabularyShard | None
     plan: Plan
     early: bool
     """Whether the forward makes the gradients, for an upstream of 1."""
@@ -63,23 +66,25 @@ def _scaled(grad: Tensor | None, upstream: Tensor) -> Tensor | None:
 _CALL = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor groups, Tensor? slot_scale, Tensor? class_weight, "
     "Tensor? totals, int ignore_index, str normalize, float? label_smoothing, float? z_loss, float? softcap, "
-    "bool token_scaling, ScalarType dtype, int? chunk_rows, bool[] wants"
+    "bool token_scaling, int[]? sizes, int rank, str group_name, ScalarType dtype, int? chunk_rows, bool[] wants"
 )
 _NUM_CALL = _CALL.count(",") + 1
 
 
 def _flattened(layer: Layer, targets: Targets, plan: Plan) -> tuple[Any, ...]:
     """Return the arguments of the operators, in the order of their schema."""
-    return *layer, *targets[:-1], *targets.settings, plan.dtype, plan.chunk_rows, list(plan.wants)
+    shard = flattened_shard(targets.shard)
+    return *layer, *targets[:4], *targets.settings, *shard, plan.dtype, plan.chunk_rows, list(plan.wants)
 
 
 def _restored(arguments: Sequence[Any]) -> tuple[Layer, Targets, Plan]:
     """Return what `_flattened` made a list of."""
     groups, slot_scale, class_weight, totals = arguments[3:7]
-    dtype, chunk_rows, wants = arguments[13:16]
+    shard = restored_shard(*arguments[13:16])
+    dtype, chunk_rows, wants = arguments[16:19]
     return (
         Layer(*arguments[:3]),
-        Targets(groups, slot_scale, class_weight, totals, Settings(*arguments[7:13])),
+        Targets(groups, slot_scale, class_weight, totals, Settings(*arguments[7:13]), shard),
         Plan(dtype, chunk_rows, tuple(wants)),
     )
 
@@ -155,10 +160,10 @@ def _run_loss(layer: Layer, targets: Targets, request: Request) -> tuple[Scores,
 class _LinearPatchCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, groups, slot_scale, class_weight, totals, request):
-        targets = Targets(groups, slot_scale, class_weight, totals, request.settings)
+        targets = Targets(groups, slot_scale, class_weight, totals, request.settings, request.shard)
         scores, grads = _run_loss(Layer(hidden, weight, bias), targets, request)
         ctx.request, ctx.ran = request, False
-        ctx.save_for_backward(hidden, weight, bias, *targets[:-1], scores.rows, scores.probabilities, *grads)
+        ctx.save_for_backward(hidden, weight, bias, *targets[:4], scores.rows, scores.probabilities, *grads)
         return returned(ctx, None, scores)
 
     @staticmethod
@@ -172,7 +177,7 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
         again = ctx.ran and not torch.compiler.is_compiling()
         ctx.ran = True
         layer = Layer(hidden, weight, bias)
-        targets = Targets(groups, slot_scale, class_weight, totals, request.settings)
+        targets = Targets(groups, slot_scale, class_weight, totals, request.settings, request.shard)
         if request.early:
             if again:
                 grads = _run_loss(layer, targets, request)[1]
@@ -208,6 +213,7 @@ def linear_patch_cross_entropy(
     inplace_backward: bool = False,
     return_stats: bool = False,
     chunk_rows: int | None = None,
+    shard: VocabularyShard | None = None,
 ) -> Tensor | tuple[Tensor, PatchLossStats]:
     """Apply the output layer and score its rows: ``hidden [..., D], weight [V, D], groups [..., K]``.
 
@@ -244,13 +250,17 @@ def linear_patch_cross_entropy(
         return_stats: also return `PatchLossStats`, from the same pass.
         chunk_rows: at most so many rows of logits exist at a time; where None, 4,096, or fewer so that they stay below
             2²⁹ elements, or all, where that takes no more memory.
+        shard: which ids the rows of ``weight`` are, where a process group shares out the vocabulary: ``weight``
+            ``[V_r, D]`` and ``bias [V_r]`` then, and on every rank the same ``hidden`` and ``groups``, with ids of the
+            whole vocabulary, and the same options. Every rank gets the whole loss and the whole gradient of ``hidden``.
+            A `DTensor` of weights with the placement ``Shard(0)`` needs none; ``hidden`` may be a replicated one.
 
     Returns:
         The loss, 0-d, or with ``reduction="none"`` ``[..., K]`` with 0 where ignored; fp32, or fp64 for fp64 products.
         With ``return_stats`` a pair of it and the statistics.
 
     Raises:
-        TypeError: a tensor of another dtype or a `DTensor`.
+        TypeError: a tensor of another dtype, or a `DTensor` that is placed otherwise.
         ValueError: shapes, devices or options that do not fit, or, with `check_ids` on, a bad id on a GPU.
         IndexError: an id out of range, on the CPU. On a GPU the loss and all gradients it touches are NaN.
         RuntimeError: a double backward.
@@ -259,17 +269,24 @@ def linear_patch_cross_entropy(
         Logits are rounded to the products' dtype, as `F.linear` does, except in bfloat16 on a Hopper GPU, where 4,096
         rows and more without ``bias``, ``label_smoothing``, ``softcap`` and ``return_stats`` round only the softmax's
         numerators. Softmax and sums in fp32. The gradient of ``weight`` accumulates in fp32 across chunks and is
-        rounded once to the dtype of ``weight``.
+        rounded once to the dtype of ``weight``. Over a shard logits are always rounded, and the gradient of ``hidden``
+        is summed over the ranks in fp32, and rounded once.
 
     Memory:
         One chunk of logits, ``chunk_rows · V`` elements, and the gradients, which exist from the forward on; with more
         than one chunk the gradient of ``weight`` in fp32. Where logits are not rounded, up to 6 bytes for each element
-        of a chunk of ``hidden`` besides.
+        of a chunk of ``hidden`` besides. Over a shard two chunks of the gradient of ``hidden`` in fp32.
 
     Source:
         NPP (arXiv 2412.15321), section 3.3; chunked products as in Liger Kernel (arXiv 2410.10989). That exponentials
         with offsets can stand for logits between the products is also how QuACK computes the loss of one target.
     """
+    if is_dtensor(weight):
+        weight, shard = local_slice("weight", weight, 0, shard)
+        if is_dtensor(hidden):
+            hidden = whole_tensor("hidden", hidden)
+    if bias is not None and is_dtensor(bias):
+        bias, _ = local_slice("bias", bias, 0, shard)
     check_floating("hidden", hidden)
     check_floating("weight", weight, ndim=2)
     check_groups(groups)
@@ -303,12 +320,13 @@ def linear_patch_cross_entropy(
         label_smoothing, z_loss, softcap, token_scaling, num_targets,
     )  # fmt: skip
     options.check()
-    options.check_sizes(groups.shape[-1], weight.shape[0], hidden)
+    vocab_size = find_vocab_size("weight", weight, 0, shard)
+    options.check_sizes(groups.shape[-1], vocab_size, hidden)
     refuse_transforms("linear_patch_cross_entropy")
-    check_id_range(groups, weight.shape[0], ignore_index)
+    check_id_range(groups, vocab_size, ignore_index)
 
     flat_groups = groups.reshape(-1, groups.shape[-1]).contiguous()
-    targets, _ = find_targets(flat_groups, options, like=hidden.new_empty(0, dtype=dtype))
+    targets, _ = find_targets(flat_groups, options, hidden.new_empty(0, dtype=dtype), shard)
     grad_enabled = torch.is_grad_enabled()
     layer = Layer(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     wants_hidden, wants_weight, wants_bias = (
@@ -317,5 +335,5 @@ def linear_patch_cross_entropy(
     wants = (wants_hidden, wants_weight, wants_bias)
     per_target = reduction == "none"
     early = any(wants) and not per_target and dtype != torch.float16
-    request = Request(targets.settings, Plan(dtype, chunk_rows, wants), early, per_target, return_stats)
-    return shaped_result(_LinearPatchCrossEntropy.apply(*layer, *targets[:-1], request), groups)
+    request = Request(targets.settings, shard, Plan(dtype, chunk_rows, wants), early, per_target, return_stats)
+    return shaped_result(_LinearPatchCrossEntropy.apply(*layer, *targets[:4], request), groups)

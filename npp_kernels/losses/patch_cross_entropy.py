@@ -8,7 +8,7 @@ Every normalisation is a choice of the coefficients c; logits are never expanded
 Bytes where the upstream gradient is one number: logits once and gradient once. The forward already writes the gradient
 for an upstream of 1, the rule in training; the backward looks at the upstream, on the device, and redoes the work only
 where it is another number. Otherwise (``reduction="none"``; float16, whose loss scale must act before the rounding; the
-CPU): logits once forward, logits and gradient once backward.
+CPU; a slice of the vocabulary): logits once forward, logits and gradient once backward.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from npp_kernels.losses.gradient_kernels import launch_gradient, launch_scale
 from npp_kernels.losses.options import LossOptions, PatchLossStats
 from npp_kernels.losses.row_kernels import launch_loss
 from npp_kernels.losses.scores import ACCURACY, ENTROPY, LOSS, LSE, Scores
+from npp_kernels.losses.sharded import find_scores
 from npp_kernels.losses.targets import Targets, find_targets
 from npp_kernels.losses.torch_path import torch_gradient, torch_loss
+from npp_kernels.vocabulary_shard import VocabularyShard, find_vocab_size, is_dtensor, local_slice
 
 
 class Wishes(NamedTuple):
@@ -77,30 +79,33 @@ def handed_out(grad: Tensor) -> Tensor:
 
 class _PatchCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, groups, slot_scale, class_weight, totals, ticket, settings, wishes):
-        targets = Targets(groups, slot_scale, class_weight, totals, settings)
+    def forward(ctx, logits, groups, slot_scale, class_weight, totals, ticket, settings, shard, wishes):
+        targets = Targets(groups, slot_scale, class_weight, totals, settings, shard)
         per_target, wants_grad, inplace, stats = wishes
-        scores = Scores.empty(targets, logits.dtype, per_target=per_target, stats=stats)
         grad = loss = None
-        if runs_kernels(logits):
-            if wants_grad and not per_target and logits.dtype != torch.float16:
-                grad = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
-                if inplace:
-                    # Whoever saved these logits for a backward of its own must find out.
-                    torch.autograd.graph.increment_version(logits)
-            if len(groups):
-                loss = launch_loss(logits, grad, targets, scores, ticket)
+        if shard is not None:
+            scores = find_scores(logits, targets, per_target=per_target, stats=stats)
         else:
-            torch_loss(logits, targets, scores)
-        ctx.save_for_backward(logits, *targets[:-1], scores.rows, scores.probabilities, grad)
-        ctx.settings, ctx.inplace, ctx.ran = settings, inplace, False
+            scores = Scores.empty(targets, logits.dtype, per_target=per_target, stats=stats)
+            if runs_kernels(logits):
+                if wants_grad and not per_target and logits.dtype != torch.float16:
+                    grad = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+                    if inplace:
+                        # Whoever saved these logits for a backward of its own must find out.
+                        torch.autograd.graph.increment_version(logits)
+                if len(groups):
+                    loss = launch_loss(logits, grad, targets, scores, ticket)
+            else:
+                torch_loss(logits, targets, scores)
+        ctx.save_for_backward(logits, *targets[:4], scores.rows, scores.probabilities, grad)
+        ctx.settings, ctx.shard, ctx.inplace, ctx.ran = settings, shard, inplace, False
         return returned(ctx, loss, scores)
 
     @staticmethod
     @first_order_only("patch_cross_entropy")
     def backward(ctx, upstream, *_):
         if upstream is None:
-            return (None,) * 8
+            return (None,) * 9
         # torch.compile may trace this more than once for one backward.
         again = ctx.ran and not torch.compiler.is_compiling()
         ctx.ran = True
@@ -109,7 +114,7 @@ class _PatchCrossEntropy(torch.autograd.Function):
                 "inplace_backward=True: expected one backward, got a second; the first has overwritten the logits"
             )
         logits, groups, slot_scale, class_weight, totals, rows, probabilities, grad = ctx.saved_tensors
-        targets = Targets(groups, slot_scale, class_weight, totals, ctx.settings)
+        targets = Targets(groups, slot_scale, class_weight, totals, ctx.settings, ctx.shard)
         scores = Scores(rows, None, probabilities, None)
         ready = grad is not None and not again
         if ready and ctx.inplace:
@@ -122,7 +127,7 @@ class _PatchCrossEntropy(torch.autograd.Function):
                 torch_gradient(logits, grad, targets, scores, upstream)
             elif logits.numel():
                 launch_gradient(logits, grad, targets, scores, upstream, skip_unit=ready)
-        return handed_out(grad) if ready and not ctx.inplace else grad, *(None,) * 7
+        return handed_out(grad) if ready and not ctx.inplace else grad, *(None,) * 8
 
 
 def patch_cross_entropy(
@@ -141,6 +146,7 @@ def patch_cross_entropy(
     num_targets: float | Tensor | None = None,
     inplace_backward: bool = False,
     return_stats: bool = False,
+    shard: VocabularyShard | None = None,
 ) -> Tensor | tuple[Tensor, PatchLossStats]:
     """Score each row of logits against all targets of its group: ``logits [..., V], groups [..., K]``.
 
@@ -183,13 +189,16 @@ def patch_cross_entropy(
             at once, and there can be only one backward. Under `torch.compile`, which plans memory itself, it has no
             effect.
         return_stats: also return `PatchLossStats`, from the same pass.
+        shard: which ids this rank's logits are, where a process group shares out the vocabulary: ``logits [..., V_r]``
+            then, and on every rank the same rows of ``groups``, with ids of the whole vocabulary, and the same options.
+            A `DTensor` of logits that is sharded on its last axis needs none.
 
     Returns:
         The loss, 0-d, or with ``reduction="none"`` ``[..., K]`` with 0 where ignored; fp32, or fp64 for fp64 logits.
         With ``return_stats`` a pair of it and the statistics.
 
     Raises:
-        TypeError: a tensor of another dtype or a `DTensor`.
+        TypeError: a tensor of another dtype, or a `DTensor` that is placed otherwise.
         ValueError: shapes, devices or options that do not fit, or, with `check_ids` on, a bad id on a GPU.
         IndexError: an id out of range, on the CPU. On a GPU the loss and the row's gradient are NaN.
         RuntimeError: a double backward, or a second one with ``inplace_backward``.
@@ -204,6 +213,8 @@ def patch_cross_entropy(
     Source:
         NPP (arXiv 2412.15321), section 3.3; PatchTrain (arXiv 2407.12665) for ``"slot"``.
     """
+    if is_dtensor(logits):
+        logits, shard = local_slice("logits", logits, -1, shard)
     check_floating("logits", logits)
     check_groups(groups)
     check_same_device("groups", groups, "logits", logits)
@@ -211,9 +222,9 @@ def patch_cross_entropy(
         raise ValueError(
             f"groups: expected the leading shape of logits, {tuple(logits.shape[:-1])}, and K, got {described(groups)}"
         )
-    vocab_size = logits.shape[-1]
-    if vocab_size < 1:
+    if logits.shape[-1] < 1:
         raise ValueError(f"logits: expected a vocabulary of at least 1, got {described(logits)}")
+    vocab_size = find_vocab_size("logits", logits, -1, shard)
     options = LossOptions(
         ignore_index, slot_weights, class_weight, normalize, reduction,
         label_smoothing, z_loss, softcap, token_scaling, num_targets,
@@ -230,14 +241,14 @@ def patch_cross_entropy(
     check_id_range(groups, vocab_size, ignore_index)
 
     flat_groups = groups.reshape(-1, groups.shape[-1]).contiguous()
-    flat_logits = logits.reshape(-1, vocab_size)
+    flat_logits = logits.reshape(-1, logits.shape[-1])
     if flat_logits.stride(-1) != 1:
         flat_logits = flat_logits.contiguous()
-    targets, ticket = find_targets(flat_groups, options, like=logits)
+    targets, ticket = find_targets(flat_groups, options, logits, shard)
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     wishes = Wishes(reduction == "none", wants_grad, inplace, return_stats)
-    if runs_kernels(flat_logits) or wants_backward(flat_logits):
-        results = _PatchCrossEntropy.apply(flat_logits, *targets[:-1], ticket, targets.settings, wishes)
+    if runs_kernels(flat_logits) or wants_backward(flat_logits) or shard is not None:
+        results = _PatchCrossEntropy.apply(flat_logits, *targets[:4], ticket, targets.settings, shard, wishes)
     else:
         scores = Scores.empty(targets, logits.dtype, per_target=wishes.per_target, stats=return_stats)
         torch_loss(flat_logits, targets, scores)

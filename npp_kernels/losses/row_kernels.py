@@ -156,7 +156,7 @@ def _register_row_kernel(
 
 
 @triton.jit
-def _lanes(
+def find_lanes(
     logits_row, vocab_size, softcap, anchor, class_weight_ptr,
     SMOOTHED: tl.constexpr, WITH_STATS: tl.constexpr, PRECISE: tl.constexpr,
     BLOCK_VOCAB: tl.constexpr, LANES: tl.constexpr,
@@ -201,7 +201,7 @@ def _lanes(
 
 
 @triton.jit
-def _sum_of_rest(
+def sum_of_rest(
     logits_row, vocab_size, softcap, maximum, lane_maximum, lane_total, PRECISE: tl.constexpr, LANES: tl.constexpr
 ):
     """Return a row's sum of exponentials without its maximum, the only logit with more than half of the softmax.
@@ -252,7 +252,7 @@ def _wide_row_kernel(
     shortfall = 0.0
     if label_smoothing is not None:
         anchor = find_anchor(target_logits, in_range)
-    lane_maximum, lane_total, lane_shortfall, others = _lanes(
+    lane_maximum, lane_total, lane_shortfall, others = find_lanes(
         logits_row, vocab_size, softcap, anchor, class_weight_ptr, label_smoothing is not None,
         predictions_ptr is not None, PRECISE, BLOCK_VOCAB, LANES,
     )  # fmt: skip
@@ -264,7 +264,7 @@ def _wide_row_kernel(
     rest = total - 1.0
     log_total = tl.log(total)
     if total < 2.0:
-        rest = _sum_of_rest(logits_row, vocab_size, softcap, maximum, lane_maximum, lane_share, PRECISE, LANES)
+        rest = sum_of_rest(logits_row, vocab_size, softcap, maximum, lane_maximum, lane_share, PRECISE, LANES)
         log_total = log1p(rest)
     if label_smoothing is not None:
         shortfall = tl.sum(lane_shortfall, axis=0)

@@ -22,6 +22,9 @@ from npp_kernels.losses.targets import Targets
 
 # The rows of `Scores.rows`.
 LOSS, MAXIMUM, REST, LSE, ACCURACY, ENTROPY = range(6)
+# The rows of `Measures.maxima`: the largest logit; a checksum of the row's targets and its negative, whose maxima
+# are no longer each other's negative where ranks have other targets; the largest logit before a softcap.
+MAXIMUM_LOGIT, CHECKSUM, MINUS_CHECKSUM, BEFORE_CAP = range(4)
 
 
 class Scores(NamedTuple):
@@ -54,6 +57,44 @@ class Scores(NamedTuple):
         if upstream.ndim == 0:
             return upstream, self.probabilities
         return None, upstream if self.probabilities is None else upstream * self.probabilities
+
+
+class Measures(NamedTuple):
+    """What each rank measures on its slice of the vocabulary, and the group then reduces; in the accumulation dtype.
+
+    ``R_p = Σ_r rest_rp + (Σ_r holders_rp − 1)``: every rank that has a logit equal to the maximum leaves out one of
+    them and says so, and of all these one stays left out.
+    """
+
+    maxima: Tensor  # [3, N], or [4, N] with statistics: the rows MAXIMUM_LOGIT to BEFORE_CAP
+    sums: Tensor  # [2 + K or more, N]: all that follows but the predictions, in one piece of memory
+    rest: Tensor  # [N]: the sum of exponentials without one maximum
+    holders: Tensor  # [N]: 1 if that one was left out here
+    distances: Tensor  # [K, N]: the targets' below the maximum, 0 for those of other ranks
+    shortfall: Tensor | None  # [N]: Σ_v w_v (m − z_v), for label smoothing
+    weighted_sum: Tensor | None  # [N]: Σ_v exp(z_v − m) (z_v − m), for statistics
+    predictions: Tensor | None  # [N] int64: the id of the largest logit before a softcap
+
+    @classmethod
+    def empty(cls, targets: Targets, scores: Scores) -> Measures:
+        """Return room for the measures that the ``scores`` need."""
+        num_rows, group_size = targets.groups.shape
+        smoothed, stats = targets.settings.label_smoothing is not None, scores.predictions is not None
+        sums = scores.rows.new_empty((2 + group_size + smoothed + stats, num_rows))
+        return cls(
+            scores.rows.new_empty((3 + stats, num_rows)),
+            sums,
+            sums[0],
+            sums[1],
+            sums[2 : 2 + group_size],
+            sums[2 + group_size] if smoothed else None,
+            sums[-1] if stats else None,
+            None if scores.predictions is None else torch.empty_like(scores.predictions),
+        )
+
+    def find_other_rows(self) -> Tensor:
+        """Return, from the maxima of all ranks, for which rows some rank has other targets than the others."""
+        return self.maxima[CHECKSUM] != -self.maxima[MINUS_CHECKSUM]
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from npp_kernels._dispatch import can_overlap, cdiv, launch, next_power_of_2, runs_kernels
 from npp_kernels.losses.options import LossOptions
+from npp_kernels.vocabulary_shard import VocabularyShard
 
 COUNT_BLOCK = 2048
 MAX_PARTIALS = 32  # no more than a warp has threads: they are summed without a barrier
@@ -48,6 +49,13 @@ class Targets(NamedTuple):
     class_weight: Tensor | None  # [V + 1]: the weights by id, and their sum
     totals: Tensor | None  # [2, n]: partial sums of the targets' weight, and of the rows with a target
     settings: Settings
+    shard: VocabularyShard | None = None  # where the logits are a slice of the vocabulary
+
+    def weights_by_id(self) -> Tensor | None:
+        """Return the weights of the ids whose logits are here."""
+        if self.class_weight is None:
+            return None
+        return self.class_weight[:-1] if self.shard is None else self.class_weight[self.shard.start : self.shard.stop]
 
     @property
     def is_plain(self) -> bool:
@@ -184,7 +192,9 @@ def _constant_tensor(values: Any, dtype: torch.dtype, device: torch.device) -> T
     return tensor
 
 
-def find_targets(groups: Tensor, options: LossOptions, like: Tensor) -> tuple[Targets, Tensor | None]:
+def find_targets(
+    groups: Tensor, options: LossOptions, like: Tensor, shard: VocabularyShard | None = None
+) -> tuple[Targets, Tensor | None]:
     """Return the targets of a call from ``groups [N, K]``, in the accumulation dtype and on the device of ``like``.
 
     The second result, if any, is a ticket for the kernel of the loss: it tells that the counting was launched last.
@@ -222,7 +232,7 @@ def find_targets(groups: Tensor, options: LossOptions, like: Tensor) -> tuple[Ta
         options.softcap,
         options.token_scaling,
     )
-    return Targets(groups, slot_scale, class_weight, totals, settings), ticket
+    return Targets(groups, slot_scale, class_weight, totals, settings, shard), ticket
 
 
 def _scale_by_slot(

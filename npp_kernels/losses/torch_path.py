@@ -12,8 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npp_kernels.losses.scores import ACCURACY, ENTROPY, LOSS, LSE, MAXIMUM, REST, Scores
+from npp_kernels.losses.scores import (
+    ACCURACY,
+    BEFORE_CAP,
+    CHECKSUM,
+    ENTROPY,
+    LOSS,
+    LSE,
+    MAXIMUM,
+    MAXIMUM_LOGIT,
+    MINUS_CHECKSUM,
+    REST,
+    Measures,
+    Scores,
+)
 from npp_kernels.losses.targets import Targets
+from npp_kernels.vocabulary_shard import VocabularyShard, row_checksums
 
 CHUNK_ELEMENTS = 1 << 18  # of each thread: 1 MiB of fp32
 
@@ -89,6 +103,11 @@ def _rest_of(exponentials: Tensor) -> Tensor:
     return rest
 
 
+def _weighted_sum(exponentials: Tensor, below: Tensor) -> Tensor:
+    """Return each row's sum of exponentials times what they are the exponentials of."""
+    return (exponentials * below).masked_fill(exponentials == 0, 0).sum(1)
+
+
 def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
     """`launch_loss` in PyTorch, without the gradient: fill ``scores``."""
     wide = scores.rows.dtype
@@ -121,10 +140,7 @@ def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
             if predictions is None or settings.softcap is not None:  # a cap may make the largest logits equal
                 predictions = logits[chunk].argmax(1, keepdim=True)
             scores.predictions[chunk] = predictions.squeeze(1)
-            hit = (predictions == targets.groups[chunk]) & counted[chunk]
-            scores.rows[ACCURACY, chunk] = hit.any(1).to(wide)
-            weighted = (exponentials * below).masked_fill(exponentials == 0, 0)
-            scores.rows[ENTROPY, chunk] = torch.log1p(rest) - weighted.sum(1) / (1 + rest)
+            scores.rows[ENTROPY, chunk] = torch.log1p(rest) - _weighted_sum(exponentials, below) / (1 + rest)
     _score_targets(distances, smooth, counted, ids, targets, scores)
 
 
@@ -164,12 +180,73 @@ def _score_targets(
             loss = loss + (penalty * lse.square()).masked_fill(penalty == 0, 0)
         if scores.predictions is not None:
             scores.rows[LSE] = lse
+            hit = (scores.predictions.unsqueeze(1) == targets.groups) & counted
+            scores.rows[ACCURACY] = hit.any(1).to(lse.dtype)
     scores.rows[LOSS] = loss
+
+
+def torch_maxima(logits: Tensor, targets: Targets, shard: VocabularyShard, measures: Measures) -> None:
+    """`launch_measures` in PyTorch: fill the maxima and the predictions; the sums come when the maxima are known."""
+    checksums = row_checksums(targets.groups)
+    measures.maxima[CHECKSUM], measures.maxima[MINUS_CHECKSUM] = checksums, -checksums
+    for chunk in _chunks(logits):
+        measures.maxima[MAXIMUM_LOGIT, chunk] = _capped(logits[chunk], targets, measures.maxima.dtype).amax(1)
+        if measures.predictions is not None:
+            measures.maxima[BEFORE_CAP, chunk], arg_max = logits[chunk].to(measures.maxima.dtype).max(1)
+            measures.predictions[chunk] = shard.start + arg_max
+
+
+def torch_sums(logits: Tensor, targets: Targets, shard: VocabularyShard, own: Tensor, measures: Measures) -> None:
+    """`launch_sums` in PyTorch: fill the sums of this rank's logits below the maxima of all."""
+    wide = measures.sums.dtype
+    by_id = targets.weights_by_id()
+    spoilt = torch.where(measures.find_other_rows(), float("nan"), 0.0)
+    for chunk in _chunks(logits):
+        z = _capped(logits[chunk], targets, wide)
+        ids, mine = _local_ids(targets.groups[chunk], targets)
+        maximum = measures.maxima[MAXIMUM_LOGIT, chunk].unsqueeze(1)
+        below = z - maximum
+        exponentials = torch.exp(below)
+        # The maximum is left out of the sum, by the ranks that have it, and counted: all but one are added again.
+        holds = own[MAXIMUM_LOGIT, chunk].unsqueeze(1) == maximum
+        arg_max = z.argmax(1, keepdim=True)
+        exponentials.scatter_(1, arg_max, exponentials.gather(1, arg_max).masked_fill_(holds, 0))
+        measures.rest[chunk] = exponentials.sum(1) + (maximum - maximum).squeeze(1) + spoilt[chunk]
+        measures.holders[chunk] = holds.squeeze(1).to(wide)
+        measures.distances[:, chunk] = -below.gather(1, ids).masked_fill_(~mine, 0).t()
+        if measures.shortfall is not None:
+            measures.shortfall[chunk] = -(below.sum(1) if by_id is None else below @ by_id)
+        if measures.weighted_sum is not None:
+            measures.weighted_sum[chunk] = _weighted_sum(exponentials, below)
+
+
+def torch_scores(targets: Targets, shard: VocabularyShard, measures: Measures, scores: Scores) -> None:
+    """`launch_scores` in PyTorch: fill the ``scores`` from the sums of all ranks."""
+    counted = targets.groups != targets.settings.ignore_index
+    rest = measures.rest + (measures.holders - 1)
+    scores.rows[MAXIMUM], scores.rows[REST] = measures.maxima[MAXIMUM_LOGIT], rest
+    if scores.predictions is not None and measures.predictions is not None and measures.weighted_sum is not None:
+        scores.predictions.copy_(measures.predictions)
+        scores.rows[ENTROPY] = torch.log1p(rest) - measures.weighted_sum / (1 + rest)
+    smooth = None
+    if measures.shortfall is not None:
+        smooth = -measures.shortfall / (shard.vocab_size if targets.class_weight is None else 1)
+    _score_targets(measures.distances.t(), smooth, counted, _ids(targets, counted), targets, scores)
+
+
+def _local_ids(groups: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    """Return the columns of the targets among the logits that are here, 0 for the others; and whose are here."""
+    mine = groups != targets.settings.ignore_index
+    ids = groups
+    if targets.shard is not None:
+        mine &= (groups >= targets.shard.start) & (groups < targets.shard.stop)
+        ids = groups - targets.shard.start
+    return ids.masked_fill(~mine, 0).long(), mine
 
 
 def torch_gradient(logits: Tensor, grad: Tensor, targets: Targets, scores: Scores, upstream: Tensor) -> None:
     """`launch_gradient` in PyTorch; ``grad`` may be ``logits``."""
-    vocab_size = logits.shape[1]
+    vocab_size = logits.shape[1] if targets.shard is None else targets.shard.vocab_size
     wide = scores.rows.dtype
     settings = targets.settings
     smoothing = settings.label_smoothing or 0.0
@@ -188,7 +265,7 @@ def torch_gradient(logits: Tensor, grad: Tensor, targets: Targets, scores: Score
     if smoothing:
         at_targets = at_targets * (1 - smoothing)
         spread = smoothing / vocab_size * coefficients.sum(1, keepdim=True)  # what each logit loses to label smoothing
-        by_id = None if targets.class_weight is None else targets.class_weight[:-1]
+        by_id = targets.weights_by_id()
         surplus = spread * (vocab_size if targets.class_weight is None else targets.class_weight[-1])
     maxima, rests = scores.rows[MAXIMUM].unsqueeze(1), scores.rows[REST].unsqueeze(1)
     if penalty is not None:
@@ -201,6 +278,7 @@ def torch_gradient(logits: Tensor, grad: Tensor, targets: Targets, scores: Score
     # nearly equal; there p = 1 - rest / (1 + rest), and what cancels is left out beforehand.
     off_sure = surplus - softmax_weight * (rests / (1 + rests))
     scale = softmax_weight / (1 + rests)
+    ids, mine = _local_ids(targets.groups, targets)
     looks = _may_look(logits)
     any_idle = not looks or bool(idle.any())
     for chunk in _chunks(logits):
@@ -210,8 +288,10 @@ def torch_gradient(logits: Tensor, grad: Tensor, targets: Targets, scores: Score
         # The gradient's own memory where that has its dtype; the logits there, if any, have been read by then.
         out = grad[chunk] if looks and grad.dtype == wide and settings.softcap is None else None
         dz = torch.sub(z, maxima[chunk], out=out).exp_().mul_(scale[chunk])
-        others = weights.masked_fill(sure, 0).sum(1, keepdim=True)
+        others = weights.masked_fill(sure & mine[chunk], 0).sum(1, keepdim=True)
         softmax = dz.gather(1, at_ids)
+        if targets.shard is not None:
+            weights = weights.masked_fill(~mine[chunk], 0)
         # What equal targets take away is added up first: taken from p one after the other, each would be rounded.
         if looks:
             weights = dz.scatter_(1, at_ids, 0).scatter_add_(1, at_ids, weights).gather(1, at_ids)
