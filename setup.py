@@ -22,7 +22,7 @@ setup(
     extras_require={
         "bench": bench,
         "train": train,
-        "test": sorted({*bench, *train, "pytest-xdist>=3"}),
+        "test": sorted({*bench, *train, "hypothesis>=6.100", "pytest-xdist>=3"}),
         "integrations": [
             "accelerate>=1.12",
             "lightning>=2.4",
