@@ -26,13 +26,15 @@ def pytest_configure(config):
     """Set how many cases Hypothesis makes up: few and always the same, or as many as asked for and always others."""
     if importlib.util.find_spec("hypothesis") is None:
         return  # tests/test_fuzz.py is skipped, visibly
-    from hypothesis import HealthCheck, settings
+    from hypothesis import HealthCheck, Phase, settings
 
     examples = config.getoption("fuzz_examples")
     settings.register_profile(
         "fuzz",
         max_examples=examples or (12 if INTERPRETED else 120),
         derandomize=examples is None,
+        # A case is small as it is, and making it smaller takes minutes.
+        phases=[Phase.generate] if examples else [Phase.generate, Phase.shrink],
         deadline=None,
         database=None,
         print_blob=True,
