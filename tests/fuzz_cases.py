@@ -80,6 +80,10 @@ class LossCase(NamedTuple):
     stats: bool
     wide_rows: bool  # through the kernel for rows that do not fit into registers
 
+    def rows_differ(self):
+        """Return whether rows are not copies of one another, so that a mean over them says more than one."""
+        return self.layouts[0] != "expanded" and self.logits != "constant"
+
 
 LOSS_CASES = st.builds(
     LossCase,

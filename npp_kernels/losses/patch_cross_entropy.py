@@ -88,7 +88,7 @@ class _PatchCrossEntropy(torch.autograd.Function):
                 loss = launch_loss(logits, grad, targets, scores, ticket)
         else:
             torch_loss(logits, targets, scores)
-        ctx.save_for_backward(logits, *targets[:-1], scores.rows, scores.probabilities, grad)
+        ctx.save_for_backward(logits, *targets.tensors(), scores.rows, scores.probabilities, grad)
         ctx.settings, ctx.inplace, ctx.ran = settings, inplace, False
         return returned(ctx, loss, scores)
 
@@ -232,5 +232,5 @@ def patch_cross_entropy(
     targets, ticket = find_targets(flat_groups, options, like=logits)
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     wishes = Wishes(reduction == "none", wants_grad, inplace, return_stats)
-    results = _PatchCrossEntropy.apply(flat_logits, *targets[:-1], ticket, targets.settings, wishes)
+    results = _PatchCrossEntropy.apply(flat_logits, *targets.tensors(), ticket, targets.settings, wishes)
     return shaped_result(results, groups)

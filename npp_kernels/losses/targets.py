@@ -49,6 +49,10 @@ class Targets(NamedTuple):
     totals: Tensor | None  # [2, n]: partial sums of the targets' weight, and of the rows with a target
     settings: Settings
 
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Return all but the settings; torch.compile of torch 2.8 cannot cut a named tuple."""
+        return self.groups, self.slot_scale, self.class_weight, self.totals
+
     def rows(self, chunk: slice) -> Targets:
         """Return the targets of some rows."""
         return self._replace(groups=self.groups[chunk])
