@@ -4,9 +4,9 @@
     python -m tests.long_run kills --kills 10 --epochs 4 --model tiny
 
 ``curves`` trains three models on the embedded tokens, coarse to fine: the fused one and a plain one from the same
-weights on the same batches, and a plain one from other weights on other batches. Every hundred steps the gradients of all
-parameters of the fused model are compared with those of the plain formulation at the same weights. At the end the fused
-curve must lie as near to its plain one as the two plain ones lie to each other.
+weights on the same batches, and a plain one from other weights on other batches. Every hundred steps the gradients of
+all parameters of the fused model are compared with those of the plain formulation at the same weights. At the end the
+fused curve must lie as near to its plain one as the two plain ones lie to each other.
 
 ``kills`` runs `reference.train` twice, once to the end, and once with SIGKILL at moments drawn from ``--seed``; the two
 last checkpoints must be equal bit for bit. Each exits with status 1 where that does not hold.
@@ -128,13 +128,13 @@ def kills(options):
     common += ["--workers", "0", "--checkpoint-every", str(options.checkpoint_every), "--ema", "0.99"]
     command = [sys.executable, "-m", "reference.train", *common, "--output"]
     whole, broken = options.output / "whole", options.output / "broken"
-    start = time.monotonic()
-    subprocess.run([*command, whole], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    start, quiet = time.monotonic(), subprocess.DEVNULL
+    subprocess.run([*command, whole], cwd=ROOT, check=True, stdout=quiet, stderr=quiet)
     seconds = time.monotonic() - start
     moments = random.Random(options.seed)
     killed = 0
     while killed < options.kills:
-        process = subprocess.Popen([*command, broken], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, broken], cwd=ROOT, stdout=quiet, stderr=quiet)
         try:
             process.wait(timeout=moments.uniform(0.2, 0.6) * seconds)
             break  # it reached the end before its moment
@@ -146,7 +146,7 @@ def kills(options):
             print(
                 f"killed, {killed} of {options.kills}; it goes on from step {state['step'] if state else 0}", flush=True
             )
-    subprocess.run([*command, broken], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, broken], cwd=ROOT, check=True, stdout=quiet, stderr=quiet)
     one, other = load_latest(broken), load_latest(whole)
     different = [] if one["step"] == other["step"] else ["step"]
     for part in ("model", "ema", "exp_avg", "exp_avg_sq"):

@@ -4,8 +4,8 @@
     python -m tests.sanitizers --tools memcheck -k "not large"   # whatever else stands here goes to pytest
 
 It needs `compute-sanitizer` of the CUDA toolkit on the PATH and a GPU. Under it Triton keeps every argument of a launch
-alive, so that the tests of memory and of more than 2³¹ elements are left out; they run by themselves. A fault that a tool
-finds ends that tool's run with status 77. The journal says which tools ran, for how long, and what each found.
+alive, so that the tests of memory and of more than 2³¹ elements are left out; they run by themselves. A fault that a
+tool finds ends that tool's run with status 77. The journal says which tools ran, for how long, and what each found.
 """
 
 import argparse
@@ -20,8 +20,8 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 77
 LEFT_OUT = "not memory and not 2_31 and not compile and not stream and not long"
 
-# One kernel each that does what the tool is for. Racecheck sees shared memory alone: a missing wait between two launches
-# is not in its reach, and stays with the test of the compiled code (`test_an_overlapping_kernel_waits_before_it_writes`).
+# A kernel that does what the tool is for. Racecheck sees shared memory alone: a missing wait between two launches is out
+# of its reach, and stays with the test of the compiled code (`test_an_overlapping_kernel_waits_before_it_writes`).
 FAULTS = {
     "memcheck": "x = torch.zeros(4, device='cuda'); read[(1,)](x, x, 1 << 20)",
     "initcheck": "x = torch.empty(1 << 20, device='cuda'); y = torch.empty_like(x); read[(1,)](x, y, 0)",

@@ -108,3 +108,13 @@ def test_other_errors():
         ungroup_tokens(torch.zeros(4, 3, dtype=torch.int64), 2, grid=(4, 4))
     with pytest.raises(ValueError, match="does not divide"):
         ungroup_tokens(torch.zeros(4, 4, dtype=torch.int64), 2, grid=(4, 5))
+
+
+def test_one_flat_image_without_a_batch():
+    tokens = torch.arange(16)
+    groups = group_tokens(tokens, 2, grid=(4, 4))
+    assert torch.equal(groups, group_tokens(tokens.view(1, 4, 4), 2)[0])
+    with pytest.raises(
+        ValueError, match=r"grid: expected tokens to end in \(4, 4\) or in 16 flat tokens, got shape \(\)"
+    ):
+        group_tokens(torch.tensor(3), 2, grid=(4, 4))
