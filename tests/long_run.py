@@ -152,7 +152,7 @@ def kills(options):
     for part in ("model", "ema", "exp_avg", "exp_avg_sq"):
         for name, tensor in other[part].items():
             if not torch.equal(tensor, one[part][name]):
-                different.append(f"{part} {name}")  # noqa: PERF401 - four lists in one
+                different.append(f"{part} {name}")
     print(f"{killed} kills in a run of {seconds:.0f} s; step {one['step']}; {len(different)} tensors differ")
     return 1 if different or killed < options.kills else 0
 

@@ -20,8 +20,8 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 77
 LEFT_OUT = "not memory and not 2_31 and not compile and not stream and not long"
 
-# A kernel that does what the tool is for. Racecheck sees shared memory alone: a missing wait between two launches is out
-# of its reach, and stays with the test of the compiled code (`test_an_overlapping_kernel_waits_before_it_writes`).
+# What the tool is for, planted. Racecheck sees shared memory alone: a missing wait between two launches is out of its
+# reach, and stays with the test of the compiled code (`test_an_overlapping_kernel_waits_before_it_writes`).
 FAULTS = {
     "memcheck": "x = torch.zeros(4, device='cuda'); read[(1,)](x, x, 1 << 20)",
     "initcheck": "x = torch.empty(1 << 20, device='cuda'); y = torch.empty_like(x); read[(1,)](x, y, 0)",
