@@ -112,10 +112,8 @@ def curves(options):
         f"{step} steps in {options.minutes:g} minutes on {options.device}, {options.precision}, model {options.model}"
     )
     print(f"largest difference of a parameter's gradients: {worst[0]:.2e} of their norm, {worst[1]}")
-    print(
-        f"fused and plain, same seed:   mean {distance.mean():.4f}, largest {distance.max():.4f}, end {distance[-1]:.4f}"
-    )
-    print(f"plain and plain, other seeds: mean {spread.mean():.4f}, largest {spread.max():.4f}, end {spread[-1]:.4f}")
+    for what, values in (("fused and plain, same seed", distance), ("plain and plain, other seeds", spread)):
+        print(f"{what}: mean {values.mean():.4f}, largest {values.max():.4f}, at the end {values[-1]:.4f}")
     allowed = 1e-3 if options.precision == "fp32" else 0.05
     good = distance.mean() <= spread.mean() and distance.max() <= spread.max() and worst[0] <= allowed
     print("within the spread" if good else f"NOT within the spread, or gradients further apart than {allowed}")
