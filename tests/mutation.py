@@ -41,10 +41,10 @@ TESTS = {
     "modules": ["tests/test_modules.py"],
     "_checks": [
         *("tests/test_checks.py", "tests/test_patch_cross_entropy.py", "tests/test_group_mean.py"),
-        *("tests/test_grouping.py", "tests/test_error_messages.py"),
+        "tests/test_grouping.py",
     ],
     "_autograd": ["tests/test_transforms.py", "tests/test_group_mean.py"],
-    "losses.options": ["tests/test_patch_cross_entropy.py", "tests/test_modules.py", "tests/test_error_messages.py"],
+    "losses.options": ["tests/test_patch_cross_entropy.py", "tests/test_modules.py"],
     "losses.targets": [*LOSSES, "tests/test_modules.py"],
     "losses.target_math": LOSSES,
     "losses.torch_path": LOSSES,
