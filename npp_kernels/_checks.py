@@ -128,6 +128,8 @@ def check_id_range(groups: Tensor, vocab_size: int, ignore_index: int | None) ->
 
 def rows_overlap(tensor: Tensor) -> bool:
     """Return whether two elements of a tensor may share memory, as those of an expanded one do."""
+    if not tensor.numel():
+        return False
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:

@@ -107,9 +107,12 @@ def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """
     try:
         is_archive = zipfile.is_zipfile(path)  # files of long ago are none, and have no checksums
-        if is_archive and not mmap:
+        if is_archive:
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
+                packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+                damaged = None if mmap or packed else archive.testzip()
+            if packed:  # which could fill the memory a thousandfold
+                raise ValueError(f"its part {packed[0]} is packed, where PyTorch stores it as it is")
             if damaged is not None:
                 raise ValueError(f"its part {damaged} is not what was written, by its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_archive)
@@ -179,10 +182,28 @@ def _config_of(state: dict[str, Any], weights: Any, grid: tuple[int, int]) -> Mo
     """Return the dimensions of a checkpoint's model, which ours says and an official one does not."""
     if not isinstance(weights, dict):
         raise ValueError(f"weights: expected a dictionary of tensors, got a {type(weights).__name__}")
+    for name, weight in weights.items():
+        if weight.numel() * weight.itemsize > weight.untyped_storage().nbytes():
+            raise ValueError(f"{name} of the shape {tuple(weight.shape)} is more than its contents")
     if "model_config" in state:
         fields = state["model_config"]
-        return ModelConfig(**{**fields, "grid": tuple(fields["grid"])})
+        config = ModelConfig(**{**fields, "grid": tuple(fields["grid"])})
+        # Compared before a model is made, which would take the memory of what is only claimed.
+        claimed = (config.vocab_size, config.dim), config.num_classes + 1, config.num_layers
+        found = _sizes_of(weights)
+        if claimed != found:
+            raise ValueError(f"model_config: expected the sizes of the weights, {found}, got {claimed}")
+        return config
     return config_of_weights(weights, grid)
+
+
+def _sizes_of(weights: dict[str, torch.Tensor]) -> tuple[tuple[int, ...], int, int]:
+    """Return the shape of the embeddings, the rows of the classes' table, and the number of layers."""
+    return (
+        tuple(weights["tok_embeddings.weight"].shape),
+        weights["cls_embedding.embedding_table.weight"].shape[0],
+        sum(name.endswith(".attention.wqkv.weight") for name in weights),
+    )
 
 
 def config_of_weights(weights: dict[str, torch.Tensor], grid: tuple[int, int]) -> ModelConfig:
@@ -190,15 +211,13 @@ def config_of_weights(weights: dict[str, torch.Tensor], grid: tuple[int, int]) -
     needed = ("tok_embeddings.weight", "cls_embedding.embedding_table.weight")
     if missing := [name for name in needed if name not in weights]:
         raise ValueError(f"weights: expected a class-conditional LlamaGen model, {missing[0]} is missing")
-    vocab_size, dim = weights["tok_embeddings.weight"].shape
-    num_layers = sum(name.endswith(".attention.wqkv.weight") for name in weights)
+    (vocab_size, dim), class_rows, num_layers = _sizes_of(weights)
     heads = [heads for size_dim, size_layers, heads in SIZES.values() if (size_dim, size_layers) == (dim, num_layers)]
     if not heads:
         raise ValueError(
             f"weights: expected the dimensions of one of {', '.join(SIZES)}, got dim {dim} and {num_layers} layers"
         )
-    num_classes = weights["cls_embedding.embedding_table.weight"].shape[0] - 1
-    return ModelConfig(vocab_size, grid, num_classes, dim, num_layers, heads[0])
+    return ModelConfig(vocab_size, grid, class_rows - 1, dim, num_layers, heads[0])
 
 
 def _sync_folder(folder: Path) -> None:

@@ -17,6 +17,10 @@ CODES_VOCAB_SIZE = 16_384  # of LlamaGen's VQ-16 tokenizer
 CODES_NUM_CLASSES = 1_000  # of ImageNet
 TEN_CROP_CENTRE = 4  # torchvision's order: four corners, the centre, then the five mirrored
 TEN_CROPS = 10
+# What a packed array may unpack to: labels in order pack well, tokens hardly at all, and a file that is made to fill
+# the memory a thousandfold.
+UNPACKED_BYTES = 1 << 26
+UNPACKED_RATIO = 100
 _IMAGE = re.compile(r"(0|[1-9][0-9]*)\.npy")
 
 
@@ -56,20 +60,24 @@ def read_array(path: Path) -> NDArray:
         ValueError: it is empty, cut short, or another file under this name.
     """
     try:
-        array = np.load(path)
+        # Mapped first, which fails where the header promises more than the file has, before there is room made for it.
+        array = np.load(path, mmap_mode="r")
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged file raises whatever its first wrong byte leads to
         raise ValueError(f"{path}: expected a whole .npy file, it cannot be read: {error}") from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path}: expected an array in NumPy's .npy format, got a {type(array).__name__}")
-    return array
+    return np.array(array)
 
 
 def read_arrays(path: Path, names: Collection[str]) -> dict[str, NDArray]:
     """Read those arrays of an ``.npz`` file that it has; the errors are those of `read_array`."""
     try:
         with path.open("rb") as file, np.load(file) as archive:
+            for part in archive.zip.infolist():
+                if part.file_size > UNPACKED_BYTES + UNPACKED_RATIO * part.compress_size:
+                    raise ValueError(f"{part.filename} unpacks to {part.file_size} bytes from {part.compress_size}")
             return {name: archive[name] for name in names if name in archive.files}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing") from error

@@ -32,13 +32,18 @@ def group_tokens(tokens: Tensor, patch: tuple[int, int]) -> Tensor:
 def group_mean(table: Tensor, groups: Tensor, *, ignore_index: int | None = None) -> Tensor:
     """Average the embeddings of each group: ``table [V, D], groups [..., K] -> [..., D]``."""
     counted = torch.ones_like(groups, dtype=torch.bool) if ignore_index is None else groups != ignore_index
-    rows = F.embedding(groups.masked_fill(~counted, 0), table) * counted.unsqueeze(-1)
+    rows = F.embedding(groups.masked_fill(~counted, 0), table).masked_fill(~counted.unsqueeze(-1), 0)
     return rows.sum(-2) / counted.sum(-1, keepdim=True).clamp(min=1)
 
 
 def patch_mean(embeddings: Tensor, patch: tuple[int, int]) -> Tensor:
     """Average embeddings over patches: ``[..., H, W, D] -> [..., P, D]``."""
     return reduce(embeddings, "... (h kh) (w kw) d -> ... (h w) d", "mean", kh=patch[0], kw=patch[1])
+
+
+def divisor(total: Tensor) -> Tensor:
+    """Return what weights of this total are divided by: 1 where there is nothing to divide by."""
+    return torch.where(total == 0, 1, total)
 
 
 def coefficients(
@@ -48,14 +53,16 @@ def coefficients(
     normalize: str,
     num_targets: float | Tensor | None,
 ) -> Tensor:
-    """Return the coefficient of every target's loss, ``c [N, K]``; a normaliser of zero gives zero."""
+    """Return the coefficient of every target's loss, ``c [N, K]``."""
     counts = weights * class_weights
     if normalize == "target":
-        return weights / (counts.sum().clamp(min=1e-30) if num_targets is None else num_targets)
+        return weights / divisor(
+            counts.sum() if num_targets is None else torch.as_tensor(num_targets, device=counts.device)
+        )
     if normalize == "row":
-        return weights / counts.sum(-1, keepdim=True).clamp(min=1e-30) / counted.any(-1).sum().clamp(min=1)
-    slot_weights = weights.amax(0)  # of the slots that have a target
-    return weights / (counted * class_weights).sum(0).clamp(min=1e-30) / slot_weights.sum().clamp(min=1e-30)
+        return weights / divisor(counts.sum(-1, keepdim=True)) / counted.any(-1).sum().clamp(min=1)
+    slot_weights = weights.amax(0) if len(weights) else weights.sum(0)  # of the slots that have a target
+    return weights / divisor((counted * class_weights).sum(0)) / divisor(slot_weights.sum())
 
 
 def patch_cross_entropy(
@@ -78,7 +85,7 @@ def patch_cross_entropy(
     targets = groups.reshape(-1, groups.shape[-1])
     counted = targets != ignore_index
     safe = targets.masked_fill(~counted, 0)
-    by_id = torch.ones_like(raw[0]) if class_weight is None else class_weight.to(raw)
+    by_id = raw.new_ones(raw.shape[1]) if class_weight is None else class_weight.to(raw)
     class_weights = by_id[safe]
 
     # The logsumexp in two parts, maximum + log1p(rest), for their sum may round the second away.

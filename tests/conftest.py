@@ -4,6 +4,7 @@ The tests of the kernels take the fixture ``device``. They run on the PyTorch pa
 and, in a process started with ``TRITON_INTERPRET=1``, as interpreted kernels on the CPU (``pytest -m kernels``).
 """
 
+import importlib.util
 import os
 
 import pytest
@@ -15,6 +16,31 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="the seed of each test's random numbers")
     parser.addoption("--seeds", type=int, default=1, help="run each test with so many seeds, from --seed on")
+    parser.addoption(
+        "--fuzz-examples", type=int, help="cases of each fuzz test, other ones with each --hypothesis-seed"
+    )
+    parser.addoption("--fuzz-journal", help="append to this file how many cases of each fuzz test ran")
+
+
+def pytest_configure(config):
+    """Set how many cases Hypothesis makes up: few and always the same, or as many as asked for and always others."""
+    if importlib.util.find_spec("hypothesis") is None:
+        return  # tests/test_fuzz.py is skipped, visibly
+    from hypothesis import HealthCheck, Phase, settings
+
+    examples = config.getoption("fuzz_examples")
+    settings.register_profile(
+        "fuzz",
+        max_examples=examples or (12 if INTERPRETED else 120),
+        derandomize=examples is None,
+        # A case is small as it is, and making it smaller takes minutes.
+        phases=[Phase.generate] if examples else [Phase.generate, Phase.shrink],
+        deadline=None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),  # of time and of fixtures; `device` is one for all cases of a test
+    )
+    settings.load_profile("fuzz")
 
 
 def pytest_generate_tests(metafunc):

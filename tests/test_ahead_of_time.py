@@ -2,7 +2,7 @@
 
 Where a kernel depends on a size, the sizes are those of training: LlamaGen's vocabulary and its four hidden sizes,
 wide vocabularies, the largest groups. The GPU's own limits (shared memory, registers) are the target's, not this
-machine's.
+machine's. The suite compiles for one GPU of each kind; ``python -m tests.spills`` for more, with any Triton.
 """
 
 import inspect
@@ -51,8 +51,17 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+MORE_TARGETS = {
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx90a": GPUTarget("hip", "gfx90a", 64),
+}
 # Shared memory of one program, in bytes: CUDA programming guide, table of compute capabilities; CDNA 3 ISA, LDS.
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_MEMORY = {
+    **{"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024},
+    **{"sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_120": 99 * 1024, "gfx90a": 64 * 1024},
+}
 
 
 def compile_kernel(kernel, target, arguments):
@@ -63,7 +72,7 @@ def compile_kernel(kernel, target, arguments):
     """
     arguments = dict(arguments)
     if "OVERLAP" in arguments:
-        arguments["OVERLAP"] = TRITON_OVERLAPS and target in ("sm_90", "sm_100")
+        arguments["OVERLAP"] = TRITON_OVERLAPS and target in ("sm_90", "sm_100", "sm_120")
     options = {name: arguments.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in arguments}
     if not target.startswith("sm_"):
         options.pop("maxnreg", None)
@@ -83,7 +92,9 @@ def compile_kernel(kernel, target, arguments):
         if isinstance(kind, tuple):
             aligned |= {(kernel.arg_names.index(name), i): [["tt.divisibility", 16]] for i in range(len(kind))}
     types = {name: types[name] for name in kernel.arg_names}
-    return triton.compile(ASTSource(kernel, types, fixed, aligned), target=TARGETS[target], options=options)
+    return triton.compile(
+        ASTSource(kernel, types, fixed, aligned), target=(TARGETS | MORE_TARGETS)[target], options=options
+    )
 
 
 def resources(compiled, tmp_path):

@@ -124,6 +124,20 @@ def test_strided_and_small_inputs(device):
     )
 
 
+@pytest.mark.parametrize("ignore_index", [None, 3])
+def test_float64_is_exact_where_one_side_of_it_is_not(device, ignore_index):
+    """A table in float64 with a result in float32, and the other way round."""
+    groups = skewed_ids(20, (30, 4), device=device)
+    upstream = torch.randn(30, 8, device=device)
+    table = torch.randn(20, 8, device=device, dtype=torch.float64)
+    _, expected = run(reference.group_mean, table, groups, upstream, ignore_index=ignore_index)
+    options = {"ignore_index": ignore_index}
+    _, grad = run(npp_kernels.group_mean, table, groups, upstream, out_dtype=torch.float32, **options)
+    torch.testing.assert_close(grad, expected, rtol=1e-14, atol=1e-14)
+    _, grad = run(npp_kernels.group_mean, table.float(), groups, upstream, out_dtype=torch.float64, **options)
+    torch.testing.assert_close(grad, expected.float())
+
+
 def test_empty(device):
     table = torch.randn(5, 4, device=device, requires_grad=True)
     out = npp_kernels.group_mean(table, torch.zeros(0, 3, dtype=torch.int64, device=device))

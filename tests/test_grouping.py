@@ -108,3 +108,37 @@ def test_other_errors():
         ungroup_tokens(torch.zeros(4, 3, dtype=torch.int64), 2, grid=(4, 4))
     with pytest.raises(ValueError, match="does not divide"):
         ungroup_tokens(torch.zeros(4, 4, dtype=torch.int64), 2, grid=(4, 5))
+
+
+def test_one_flat_image_without_a_batch():
+    tokens = torch.arange(16)
+    groups = group_tokens(tokens, 2, grid=(4, 4))
+    assert torch.equal(groups, group_tokens(tokens.view(1, 4, 4), 2)[0])
+    with pytest.raises(
+        ValueError, match=r"grid: expected tokens to end in \(4, 4\) or in 16 flat tokens, got shape \(\)"
+    ):
+        group_tokens(torch.tensor(3), 2, grid=(4, 4))
+
+
+def test_a_grid_without_tokens_has_groups_of_none():
+    assert group_tokens(torch.zeros(2, 0, 4, dtype=torch.int64), 2, grid=(0, 4)).shape == (2, 0, 4)
+
+
+def test_tokens_that_only_look_like_the_grid_are_refused():
+    """Three axes more than the grid's, and sizes that are larger: neither ends in the grid."""
+    with pytest.raises(ValueError, match=r"grid: expected tokens to end in \(2, 4\) or in 8 flat tokens"):
+        group_tokens(torch.zeros(1, 4, 4, dtype=torch.int64), 2, grid=(2, 4))
+    tokens = torch.arange(2 * 3 * 2 * 16).view(2, 3, 2, 4, 4)
+    groups = group_tokens(tokens, 2, grid=(4, 4))
+    assert groups.shape == (2, 3, 2, 4, 4)
+    assert torch.equal(groups[1, 2, 1], group_tokens(tokens[1, 2, 1][None], 2)[0])
+
+
+def test_a_patch_of_no_axis_is_refused():
+    with pytest.raises(ValueError, match=r"patch: expected 1 to 3 axes, got 0: \(\)"):
+        group_tokens(torch.zeros(1, 4, 4, dtype=torch.int64), ())
+
+
+def test_large_grids_of_flat_tokens():
+    """Their size is no small number, which Python has only one of."""
+    assert group_tokens(torch.arange(1024).view(1, -1), 2, grid=(32, 32)).shape == (1, 256, 4)

@@ -185,6 +185,13 @@ def test_in_place_on_rows_that_share_memory_is_refused(logits):
         npp_kernels.patch_cross_entropy(logits, groups, inplace_backward=True)
 
 
+def test_in_place_on_no_rows_that_share_memory():
+    logits = torch.zeros(1, 0, 8).expand(3, 0, 8).requires_grad_()
+    groups = torch.zeros(3, 0, 2, dtype=torch.int64)
+    (grad,) = torch.autograd.grad(npp_kernels.patch_cross_entropy(logits, groups, inplace_backward=True), logits)
+    assert grad.shape == logits.shape
+
+
 def test_in_place_is_noticed_by_others_who_saved_the_logits(device):
     leaf = peaky_logits(6, 20, device=device).requires_grad_()
     logits = leaf.exp()  # saves its result

@@ -152,3 +152,26 @@ def test_schedules_are_frozen_values():
 def test_errors_name_the_argument(error, name, call):
     with pytest.raises(error, match=rf"^{name}: expected"):
         call()
+
+
+def test_cost_counts_every_operation():
+    """9 and 36 positions, and sizes whose binary digits overlap: no other operator gives the same."""
+
+    def cost(positions):
+        return 6 * positions * (12 * 5 * 30**2 + 30 * 512) + 6 * 5 * 30 * positions * (positions + 1)
+
+    schedule = PatchSchedule([(2, 3), (1, 10)])
+    found = schedule.relative_cost((6, 6), hidden_size=30, num_layers=5, vocab_size=512)
+    assert found == pytest.approx((3 * cost(9) + 7 * cost(36)) / (10 * cost(36)), rel=1e-12)
+
+
+def test_a_schedule_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        PatchSchedule([(1, 10)]).boundaries = ((1, 20),)
+
+
+def test_the_ends_of_the_ranges_are_in_them():
+    schedule = PatchSchedule([(1, 10)])
+    assert schedule.lr_factor(5, 0, 1.0, 0.0) == pytest.approx(0.5)
+    assert schedule.lr_factor(5, 0, 0.0, 1.0) == 1.0
+    assert schedule.lr_factor(9, 0, 1.0, 1.0) == 1.0

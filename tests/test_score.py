@@ -260,7 +260,7 @@ def test_commands_say_what_is_missing(checkpoint, tmp_path, monkeypatch, capsys)
         assert f"argument {option}: expected at least 1, got 0" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="these tokens need a decoder"):
         run(sample, monkeypatch, "--checkpoint", checkpoint, "--data", "codes:DIR", "--out", tmp_path / "grid.png")
-    state = torch.load(checkpoint)
+    state = torch.load(checkpoint, weights_only=True)
     del state["train_config"]
     torch.save(state, checkpoint)
     with pytest.raises(SystemExit, match="--data is needed"):

@@ -331,6 +331,11 @@ def test_without_a_gpu_the_function_runs_as_it_is():
         (ValueError, "max_graphs: expected at least 1, got 0", lambda: StepGraph(abs, max_graphs=0)),
         (TypeError, "optimizers: expected torch.optim.Optimizer, got int", lambda: StepGraph(abs, optimizers=[1])),
         (TypeError, "argument 1: expected a tensor, got int", lambda: StepGraph(abs)(torch.ones(1), 2)),
+        (
+            ValueError,
+            "argument 0: expected a tensor without requires_grad",
+            lambda: StepGraph(abs)(torch.ones(1, requires_grad=True)),
+        ),
         (ValueError, "argument 0: .*requires_grad", lambda: StepGraph(abs)(torch.ones(1, requires_grad=True))),
         (TypeError, "tensors to be returned, got float", lambda: StepGraph(torch.Tensor.item)(torch.ones(1))),
         (TypeError, "values that can be hashed", lambda: graph_of(abs, [])[0](torch.ones(1), patch=[2])),

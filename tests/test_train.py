@@ -509,7 +509,7 @@ def test_a_run_goes_on_with_its_own_data_only(tmp_path, capsys):
         train.main(arguments)
     # a checkpoint of before there was a fingerprint: read, with a note, but never past the end of the run
     (path,) = checkpoints(folder)[-1:]
-    state = torch.load(path)
+    state = torch.load(path, weights_only=True)
     del state["data"]
     torch.save(state, path)
     with pytest.raises(ValueError, match=r"more than the 6 steps that the run in .*, got 40, which make 4"):

@@ -464,7 +464,9 @@ class _GroupMean(torch.autograd.Function):
     @first_order_only("group_mean")
     def backward(ctx, grad):
         groups, counts = ctx.saved_tensors
-        backward = _launch_backward if runs_kernels(grad) else _torch_backward
+        # float64 takes the PyTorch path, whichever of the two has it: see `runs_kernels`.
+        on_kernels = runs_kernels(grad) and ctx.table_dtype != torch.float64
+        backward = _launch_backward if on_kernels else _torch_backward
         grad_table = backward(grad.contiguous(), groups, counts, ctx.ignore_index, ctx.vocab_size, ctx.table_dtype)
         return grad_table, None, None, None, None
 

@@ -49,6 +49,10 @@ class Plan(NamedTuple):
     chunk_rows: int | None
     wants: tuple[bool, bool, bool]
 
+    def wanting(self, hidden: bool, weight: bool, bias: bool) -> Plan:
+        """Return the same for other gradients; torch.compile of torch 2.8 does not trace `_replace`."""
+        return Plan(self.dtype, self.chunk_rows, (hidden, weight, bias))
+
 
 def find_chunks(num_rows: int, vocab_size: int, chunk_rows: int | None, spare_rows: int) -> Iterator[slice]:
     """Yield the rows of each chunk: equal sizes, multiples of a product's tile where there is room.

@@ -74,7 +74,7 @@ _NUM_CALL = _CALL.count(",") + 1
 def _flattened(layer: Layer, targets: Targets, plan: Plan) -> tuple[Any, ...]:
     """Return the arguments of the operators, in the order of their schema."""
     shard = flattened_shard(targets.shard)
-    return *layer, *targets[:4], *targets.settings, *shard, plan.dtype, plan.chunk_rows, list(plan.wants)
+    return *layer, *targets.tensors(), *targets.settings, *shard, plan.dtype, plan.chunk_rows, list(plan.wants)
 
 
 def _restored(arguments: Sequence[Any]) -> tuple[Layer, Targets, Plan]:
@@ -146,7 +146,7 @@ def _in_their_places(present: list[Tensor], there: Sequence[bool]) -> tuple[Tens
 
 def _run_loss(layer: Layer, targets: Targets, request: Request) -> tuple[Scores, Gradients]:
     """Return the scores, and the gradients that the forward makes."""
-    plan = request.plan if request.early else request.plan._replace(wants=(False, False, False))
+    plan = request.plan if request.early else request.plan.wanting(False, False, False)
     if not torch.compiler.is_compiling():
         scores = Scores.empty(targets, plan.dtype, per_target=request.per_target, stats=request.stats)
         return scores, loss_and_gradients(layer, targets, plan, scores)
@@ -163,7 +163,7 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
         targets = Targets(groups, slot_scale, class_weight, totals, request.settings, request.shard)
         scores, grads = _run_loss(Layer(hidden, weight, bias), targets, request)
         ctx.request, ctx.ran = request, False
-        ctx.save_for_backward(hidden, weight, bias, *targets[:4], scores.rows, scores.probabilities, *grads)
+        ctx.save_for_backward(hidden, weight, bias, *targets.tensors(), scores.rows, scores.probabilities, *grads)
         return returned(ctx, None, scores)
 
     @staticmethod
@@ -185,7 +185,7 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
         else:
             # What autograd wants, not what the forward saw: a compiled `torch.func.grad` does not show there.
             wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-            plan = request.plan._replace(wants=(wants_hidden, wants_weight, wants_bias))
+            plan = request.plan.wanting(wants_hidden, wants_weight, wants_bias)
             if torch.compiler.is_compiling():
                 arguments = _flattened(layer, targets, plan)
                 grads = _in_their_places(_linear_gradients(*arguments, rows, probabilities, upstream), plan.wants)
@@ -336,4 +336,4 @@ def linear_patch_cross_entropy(
     per_target = reduction == "none"
     early = any(wants) and not per_target and dtype != torch.float16
     request = Request(targets.settings, shard, Plan(dtype, chunk_rows, wants), early, per_target, return_stats)
-    return shaped_result(_LinearPatchCrossEntropy.apply(*layer, *targets[:4], request), groups)
+    return shaped_result(_LinearPatchCrossEntropy.apply(*layer, *targets.tensors(), request), groups)

@@ -71,7 +71,10 @@ class LossOptions(NamedTuple):
         if weights is None:
             return
         if self.reduction == "none":
-            raise ValueError('slot_weights: expected None with reduction="none", which returns unweighted losses')
+            raise ValueError(
+                'slot_weights: expected None with reduction="none", which returns unweighted losses, '
+                f"got a {type(weights).__name__}"
+            )
         if isinstance(weights, Tensor):
             if weights.ndim != 1:
                 raise ValueError(f"slot_weights: expected [K], one weight per slot, got {described(weights)}")

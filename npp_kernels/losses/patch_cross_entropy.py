@@ -97,7 +97,7 @@ class _PatchCrossEntropy(torch.autograd.Function):
                     loss = launch_loss(logits, grad, targets, scores, ticket)
             else:
                 torch_loss(logits, targets, scores)
-        ctx.save_for_backward(logits, *targets[:4], scores.rows, scores.probabilities, grad)
+        ctx.save_for_backward(logits, *targets.tensors(), scores.rows, scores.probabilities, grad)
         ctx.settings, ctx.shard, ctx.inplace, ctx.ran = settings, shard, inplace, False
         return returned(ctx, loss, scores)
 
@@ -248,7 +248,7 @@ def patch_cross_entropy(
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     wishes = Wishes(reduction == "none", wants_grad, inplace, return_stats)
     if runs_kernels(flat_logits) or wants_backward(flat_logits) or shard is not None:
-        results = _PatchCrossEntropy.apply(flat_logits, *targets[:4], ticket, targets.settings, shard, wishes)
+        results = _PatchCrossEntropy.apply(flat_logits, *targets.tensors(), ticket, targets.settings, shard, wishes)
     else:
         scores = Scores.empty(targets, logits.dtype, per_target=wishes.per_target, stats=return_stats)
         torch_loss(flat_logits, targets, scores)

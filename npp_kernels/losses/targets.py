@@ -64,6 +64,10 @@ class Targets(NamedTuple):
         options = (settings.label_smoothing, settings.z_loss, settings.softcap)
         return all(part is None for part in (self.slot_scale, self.class_weight, self.totals, *options))
 
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Return all but the settings; torch.compile of torch 2.8 cannot cut a named tuple."""
+        return self.groups, self.slot_scale, self.class_weight, self.totals
+
     def rows(self, chunk: slice) -> Targets:
         """Return the targets of some rows."""
         return self._replace(groups=self.groups[chunk])
