@@ -66,14 +66,16 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
     return path
 
 
-def save_sharded(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], rest: dict[str, Any]) -> Path:
+def save_sharded(folder: Path, trained: dict[str, Any], rest: dict[str, Any]) -> Path:
     """Write sharded tensors, each process its parts, and what else belongs to the step ``rest["step"]``; all call it.
 
     Args:
         folder: of the run, the same for all processes.
-        tensors: whole or sharded ones, as `TrainStep.state` returns them.
+        trained: as `TrainStep.state` returns it, with dictionaries of tensors that may be sharded.
         rest: the rest of the state, of which the first process's is written.
     """
+    tensors = {part: value for part, value in trained.items() if isinstance(value, dict)}
+    rest = rest | {name: value for name, value in trained.items() if name not in tensors}
     is_first = dist.get_rank() == 0
     path = folder / f"step-{rest['step']:08d}.sharded"
     partial = path.with_suffix(".partial")

@@ -165,11 +165,24 @@ class DataParallelAdamW:
         for bucket in self.buckets:
             bucket.update(scalars)
             if self.sharing.sharded:
-                own = bucket.weights[bucket.own]
-                gathers.append(all_gather(bucket.weights, own, group=self.group, async_op=True))
+                gathers.append(self._hand_out(bucket))
         for work in gathers:
             work.wait()
         return norm
+
+    def exchange(self) -> None:
+        """Exchange what a step exchanges, for measurements: the last gradients are lost, the weights stay."""
+        works = [self._add_up(bucket) for bucket in self.buckets]
+        if self.sharing.sharded:
+            works += [self._hand_out(bucket) for bucket in self.buckets]
+        for work in works:
+            work.wait()
+
+    def exchanged_bytes(self) -> int:
+        """Return the bytes that one process sends in a step, by rings, but for the norm's."""
+        sent = sum(bucket.gradient.nbytes + (bucket.weights if self.sharing.sharded else bucket.gradient).nbytes
+                   for bucket in self.buckets)  # fmt: skip
+        return sent * (self.processes - 1) // self.processes
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return what `FlatAdamW.state` returns, whatever the number of processes: all call it, the first receives it.
@@ -220,6 +233,9 @@ class DataParallelAdamW:
             own = bucket.gradient[bucket.own]
             return reduce_scatter(own, bucket.gradient, group=self.group, async_op=True)
         return dist.all_reduce(bucket.gradient, group=self.group, async_op=True)
+
+    def _hand_out(self, bucket: Bucket) -> Any:
+        return all_gather(bucket.weights, bucket.weights[bucket.own], group=self.group, async_op=True)
 
     def _norm(self) -> Tensor:
         """Return the norm of all gradients, summed in the same order whether the update is sharded or not."""

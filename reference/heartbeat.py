@@ -74,6 +74,7 @@ class Heartbeat:
         self._thread.join()
         if not is_regular:
             self._tell(f"process {self.rank} stopped: {type(error).__name__}: {error}")
+            time.sleep(2 * BEAT_SECONDS)  # until all have read it: this process may be the one that keeps the store
 
     def _watch(self) -> None:
         """Count on, and watch the next process's count, until the context is left."""

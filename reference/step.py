@@ -28,7 +28,7 @@ from reference.torch_adamw import TorchAdamW
 
 WARMUP_STEPS = 3  # ordinary steps of a stage before its graph is captured
 PRECISIONS = ("bf16", "autocast", "fp32")
-PARALLEL = ("sharded", "replicated", "fsdp", "ddp")
+PARALLEL = ("sharded", "replicated", "fsdp", "ddp")  # what a run may ask for
 GRADIENTS = ("auto", "bf16", "fp32")
 SETUP_STEPS = WARMUP_STEPS + 1  # and the one that captures: steps of a stage that take longer than later ones
 
@@ -45,7 +45,7 @@ class StepConfig:
 
     ``parallel``: what several processes do (`PARALLEL`). ``"sharded"`` and ``"replicated"`` are `DataParallelAdamW`'s;
     ``"fsdp"`` shards the model as well, for one that a GPU cannot hold; ``"ddp"`` is PyTorch's own
-    `DistributedDataParallel`, for comparison. The last two run without a graph.
+    `DistributedDataParallel`, for comparison. The last two run without a graph. ``"none"``: a process trains by itself.
 
     ``gradients``: the dtype in which they are added up over the processes; ``"auto"`` is the model's.
     """
@@ -59,7 +59,7 @@ class StepConfig:
     gradients: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("precision", PRECISIONS), ("parallel", PARALLEL), ("gradients", GRADIENTS)):
+        for name, allowed in (("precision", PRECISIONS), ("parallel", (*PARALLEL, "none")), ("gradients", GRADIENTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.accumulate < 1:
@@ -126,7 +126,7 @@ class TrainStep:
     def __init__(self, model: Transformer, config: StepConfig, adamw: AdamWConfig, *, batch_size: int) -> None:
         if batch_size % config.accumulate:
             raise ValueError(f"batch_size: expected a multiple of accumulate = {config.accumulate}, got {batch_size}")
-        self.processes = dist.get_world_size() if dist.is_initialized() else 1
+        self.processes = dist.get_world_size() if dist.is_initialized() and config.parallel != "none" else 1
         if config.official and self.processes > 1:
             raise ValueError(f"official: expected one process, got {self.processes}")
         if config.parallel == "fsdp" and not dist.is_initialized():

@@ -46,7 +46,7 @@ from reference.model import Transformer
 from reference.processes import STOPPED, Stopped, Termination, leave_stopping_to_the_run, only_run_in, process_group
 from reference.step import SETUP_STEPS, Progress, TrainStep
 
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+EXPECTED = {errno.ENOSPC, errno.EDQUOT, errno.EAGAIN}  # the disk is full, or another run is in the folder
 # Logits of an evaluation's batch: what a CPU's caches do not suffer from, and what keeps a GPU busy (512 MB in fp32).
 EVALUATED_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
@@ -310,7 +310,7 @@ class Run:
         if self.processes > 1:
             all_random = [None] * self.processes
             dist.all_gather_object(all_random, random)
-        tensors = self.trainer.state()
+        trained = self.trainer.state()
         rest = {
             "step": self.step,
             "seconds": self.clock.seconds,
@@ -323,9 +323,9 @@ class Run:
         if log is not None:
             log.sync()
         if self.trainer.is_sharded:
-            checkpoint.save_sharded(self.folder, tensors, rest)
+            checkpoint.save_sharded(self.folder, trained, rest)
         elif self.rank == 0:
-            checkpoint.save(self.folder, tensors | rest)
+            checkpoint.save(self.folder, trained | rest)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         for name, value in asdict(self.config).items():
@@ -389,11 +389,8 @@ def train(config: TrainConfig, device: torch.device) -> int:
             run.train()
     except Stopped:
         return STOPPED  # in place of an exception that holds the run
-    except (FloatingPointError, BlockingIOError) as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno not in FULL_DISK:
+    except (FloatingPointError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in EXPECTED:
             raise
         print(f"stopped: {error}", file=sys.stderr)
         return 1
