@@ -290,4 +290,6 @@ def group_for_captures() -> dist.ProcessGroup | None:
     """
     if dist.get_backend() != "nccl":
         return None
-    return cast(dist.ProcessGroup, dist.new_group(pg_options=dist.ProcessGroupNCCL.Options(True)))
+    return cast(
+        dist.ProcessGroup, dist.new_group(pg_options=dist.ProcessGroupNCCL.Options(is_high_priority_stream=True))
+    )

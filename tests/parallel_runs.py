@@ -44,6 +44,8 @@ WAYS = {
     "bf16 sharded": options(precision="bf16"),
     "bf16 replicated": options(precision="bf16", parallel="replicated"),
     "bf16 fp32 gradients": options(precision="bf16", gradients="fp32"),
+    "bf16 without a graph": options(precision="bf16", graph=False),
+    "bf16 compiled": options(precision="bf16", compile=True),
     "sharded parts": options(accumulate=3),
     "bf16 sharded parts": options(precision="bf16", accumulate=3),
     "bf16 replicated parts": options(precision="bf16", accumulate=3, parallel="replicated"),
@@ -67,15 +69,17 @@ def batch_of(step, rank=0, processes=1):
 
 
 def trained(device, **options):
-    """Train; return losses, norms of gradients, the state, which only the first process has, and the weights."""
+    """Train; return losses, norms of gradients, the state, which only the first process has, the weights, and more."""
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     step = TrainStep(model_on(device), StepConfig(**options), ADAMW, batch_size=IMAGES // processes)
-    losses, norms = [], []
+    losses, norms, gradients = [], [], {}
     for number, patch in enumerate(PATCHES):
         step.run(*batch_of(number, rank, processes), patch=patch, lr=1e-2 / (number + 1))
         progress = step.report()
         losses.append(progress.loss)
         norms.append(progress.gradient_norm)
+        if number == 0:  # the first moments are the gradient times a number that is the same for all
+            gradients = {name: whole(tensor) for name, tensor in step.state().get("exp_avg", {}).items()}
     weights = {name: whole(parameter) for name, parameter in step.model.named_parameters()}
     state = {
         part: {name: whole(tensor) for name, tensor in tensors.items()} if isinstance(tensors, dict) else tensors
@@ -83,7 +87,8 @@ def trained(device, **options):
     }
     captured = len(step._run.captured)
     step.close()
-    return {"losses": losses, "norms": norms, "state": state, "weights": weights, "captured": captured}
+    results = {"losses": losses, "norms": norms, "gradients": gradients, "state": state, "weights": weights}
+    return {**results, "captured": captured}
 
 
 def whole(tensor):

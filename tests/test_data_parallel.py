@@ -22,9 +22,8 @@ from reference.step import StepConfig, TrainStep
 from tests import parallel_runs
 from tests.processes import environment, run_in, wait_until
 
+ON_THE_CPU = [way for way in parallel_runs.WAYS if way not in ("bf16 compiled", "bf16 without a graph")]
 SHARDED = ("sharded", "bf16 sharded", "bf16 sharded parts")
-
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
 def results_of(folder, processes, ways, device="cpu"):
@@ -35,7 +34,7 @@ def results_of(folder, processes, ways, device="cpu"):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return results_of(tmp_path_factory.mktemp("two"), 2, list(parallel_runs.WAYS))
+    return results_of(tmp_path_factory.mktemp("two"), 2, ON_THE_CPU)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +44,8 @@ def four(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one():
-    ways = {way: options for way, options in parallel_runs.WAYS.items() if "fsdp" not in way}
-    return {way: parallel_runs.trained("cpu", **options) for way, options in ways.items()}
+    ways = ("sharded", "sharded parts", "bf16 sharded")
+    return {way: parallel_runs.trained("cpu", **parallel_runs.WAYS[way]) for way in ways}
 
 
 def assert_same(results, others):
@@ -61,13 +60,13 @@ def assert_same(results, others):
         assert torch.equal(tensor, others["weights"][name]), name
 
 
-def assert_close(results, others, rtol, atol):
-    assert results["losses"] == pytest.approx(others["losses"], rel=rtol)
-    assert results["norms"] == pytest.approx(others["norms"], rel=10 * rtol)
-    for part in ("model", "ema"):
-        assert results["state"][part].keys() == others["state"][part].keys()
-        for name, tensor in others["state"][part].items():
-            torch.testing.assert_close(results["state"][part][name], tensor, rtol=1e-3, atol=atol, msg=f"{part} {name}")
+def assert_close(results, others, *, gradients, losses):
+    """The same numbers, but for roundings: in the first gradient, and in all losses and norms."""
+    assert results["gradients"].keys() == others["gradients"].keys()
+    for name, gradient in others["gradients"].items():
+        assert (results["gradients"][name] - gradient).norm() <= gradients * gradient.norm(), name
+    assert results["losses"] == pytest.approx(others["losses"], rel=losses)
+    assert results["norms"] == pytest.approx(others["norms"], rel=10 * losses)
 
 
 def test_docstrings_run():
@@ -86,12 +85,12 @@ def test_buckets_are_whole_layers(monkeypatch):
 
 @pytest.mark.parametrize("way", ["sharded", "replicated", "ddp", "fsdp", "fsdp parts", "sharded parts"])
 def test_two_processes_train_like_one(two, one, way):
-    assert_close(two[way][0], one["sharded parts" if "parts" in way else "sharded"], rtol=1e-5, atol=1e-5)
+    assert_close(two[way][0], one["sharded parts" if "parts" in way else "sharded"], gradients=1e-5, losses=1e-5)
 
 
 @pytest.mark.parametrize("way", ["sharded", "replicated", "fsdp"])
 def test_four_processes_train_like_one(four, one, way):
-    assert_close(four[way][0], one["sharded"], rtol=1e-5, atol=1e-5)
+    assert_close(four[way][0], one["sharded"], gradients=1e-5, losses=1e-5)
 
 
 def test_gradients_in_16_bits_follow_those_in_32(two, one):
@@ -124,7 +123,7 @@ def test_all_processes_have_the_same_weights(two, four):
 def test_fsdp_without_processes_is_refused():
     with pytest.raises(ValueError, match=r"^parallel: expected fsdp under torchrun"):
         TrainStep(parallel_runs.model_on("cpu"), StepConfig(parallel="fsdp"), parallel_runs.ADAMW, batch_size=2)
-    with pytest.raises(ValueError, match=r"^parallel: expected one of sharded, replicated, fsdp, ddp, got 'zero'"):
+    with pytest.raises(ValueError, match=r"^parallel: expected one of sharded, .*, none, got 'zero'"):
         StepConfig(parallel="zero")
 
 
@@ -158,11 +157,11 @@ def tensors_of(state):
     }
 
 
-def assert_resumed(folder, whole, *, exactly):
+def assert_resumed(folder, whole, *, exactly, rtol=1e-3):
     if exactly:
         assert logged(folder) == logged(whole)
     for row, expected in zip(logged(folder), logged(whole), strict=True):
-        assert row == pytest.approx(expected, rel=1e-3)
+        assert row == pytest.approx(expected, rel=rtol)
     ours, theirs = (tensors_of(load_latest(path)) for path in (folder, whole))
     assert ours.keys() == theirs.keys()
     if exactly:
