@@ -135,6 +135,11 @@ class DataParallelAdamW:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(partial(self._found_a_gradient, bucket))
 
+    def close(self) -> None:
+        """Give back the communicator; the graphs that hold its work must be gone, or NCCL would wait for them."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next update."""
         self.lr.fill_(lr)

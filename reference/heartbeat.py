@@ -65,7 +65,11 @@ class Heartbeat:
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
             # Perhaps another process is gone, which collectives tell in words of their own. The thread finds out which,
             # and ends the process.
-            print(f"process {self.rank}: {error}", file=sys.stderr, flush=True)
+            print(
+                f"process {self.rank} waits to hear whether another is lost, because of: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
             time.sleep(self.lost_after + 3 * BEAT_SECONDS)
         is_regular = error is None or isinstance(error, SystemExit)
         if is_regular:

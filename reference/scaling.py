@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 -m reference.scaling --json runs/scaling.json     # under 300 s on two H100
     python -m reference.scaling --report runs/scaling.json                        # its tables
 
-First process 0 trains by itself, as on a single GPU, while the others wait; then all train together, with as many
-images on each (weak scaling). *Efficiency* is the images a second of all GPUs over that of one GPU times their number.
+First process 0 is timed by itself, as on a single GPU, while the others, which have compiled the same, wait; then all
+train together, with as many images on each (weak scaling). *Efficiency* is the images a second of all GPUs over that of
+one GPU times their number.
 
     one          the step in a graph, on one GPU
     replicated   the step in a graph, gradients added up in it; every process updates all weights
@@ -49,14 +50,16 @@ WAYS = {"one": "none", "replicated": "replicated", "sharded": "sharded", "ddp": 
 CELLS = "B:128,B:256,XL:64,XXL:32"  # models, and images of a GPU
 DDP_SETTLING_STEPS = 11  # DistributedDataParallel measures its first ten
 SETTLING_STEPS = 4
-PROFILED_STEPS = 3
+PROFILED_STEPS = 2
 KEY = ("model", "images", "patch", "way", "processes")
 
 Span = tuple[float, float]
 
 
-def measure(step: TrainStep, cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Train for a few steps in each of the processes that take part; return what this process measured."""
+def measure(
+    step: TrainStep, cell: dict[str, Any], options: argparse.Namespace, waiting: dist.ProcessGroup | None
+) -> dict[str, Any] | None:
+    """Train for a few steps; return what this process measured, None where it does not take part."""
     on_gpu = step.device.type == "cuda"
     config = step.model.config
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -71,6 +74,9 @@ def measure(step: TrainStep, cell: dict[str, Any], options: argparse.Namespace) 
     setup_seconds = time.perf_counter() - started
     if not progress.is_finite:
         raise FloatingPointError(f"loss: expected finite numbers, got {progress.loss}")
+    dist.barrier(waiting)
+    if dist.get_rank() >= cell["processes"]:
+        return None
     times = step_times(step, cell["patch"], (tokens, labels), options.steps)
     result = {
         "median_ms": statistics.median(times),
@@ -82,8 +88,8 @@ def measure(step: TrainStep, cell: dict[str, Any], options: argparse.Namespace) 
     }
     if isinstance(step.optimizer, DataParallelAdamW):
         result |= exchange_alone(step.optimizer, step.device, options.steps)
-    if on_gpu and cell["way"] != "one" and options.profile:
-        result |= profiled(step, cell["patch"], (tokens, labels))
+        if on_gpu and options.profile:
+            result |= profiled(step, cell["patch"], (tokens, labels))
     return result
 
 
@@ -195,22 +201,19 @@ class Journal:
         finally:
             timer.cancel()
 
-    def measure(self, step: TrainStep | None, cell: dict[str, Any]) -> None:
-        """Measure a cell in the processes that have a step, while the others wait."""
-        own: dict[str, Any] | None = None
+    def measure(self, step: TrainStep, cell: dict[str, Any]) -> None:
+        """Measure a cell, in all processes or in the first."""
+        everybody: list[Any] = [None] * dist.get_world_size()
         with self.part(cell):
-            if step is not None:
-                own = self._measured(step, cell)
-            everybody: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everybody, own, group=self.waiting)
+            dist.all_gather_object(everybody, self._measured(step, cell), group=self.waiting)
         results = [result for result in everybody if result is not None]
         slowest = max(results, key=lambda result: result["median_ms"])
         speed = 1e3 * cell["images"] * cell["processes"] / slowest["median_ms"]
         self.write(cell, slowest | {"images_per_second": speed})
 
-    def _measured(self, step: TrainStep, cell: dict[str, Any]) -> dict[str, Any]:
+    def _measured(self, step: TrainStep, cell: dict[str, Any]) -> dict[str, Any] | None:
         try:
-            return measure(step, cell, self.options)
+            return measure(step, cell, self.options, self.waiting)
         except Exception as error:
             self.write(cell, {"error": f"{type(error).__name__}: {str(error)[:300]}"})
             raise
@@ -228,7 +231,7 @@ def measure_all(options: argparse.Namespace, device: torch.device) -> Journal:
                 cell = dict(zip(KEY, (model, images, patch, way, processes), strict=True))
                 if not journal.begins(cell):
                     continue
-                if step is None and dist.get_rank() < processes:
+                if step is None:
                     step = step_of(cell, options, device)
                 journal.measure(step, cell)
             if step is not None:
@@ -319,7 +322,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cells", default=CELLS, help="models and images of a GPU, with commas")
     parser.add_argument("--patches", default="4,2,1", help="with commas")
     parser.add_argument("--ways", default=",".join(WAYS), help="with commas")
-    parser.add_argument("--steps", type=int, default=15, help="timed steps of each cell")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps of each cell")
     parser.add_argument("--compile", choices=("on", "off"), default="on", help="see StepConfig")
     parser.add_argument("--precision", choices=("bf16", "autocast", "fp32"), default="bf16", help="see StepConfig")
     parser.add_argument("--grid", type=int, default=16, help="tokens on each side")

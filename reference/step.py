@@ -172,8 +172,10 @@ class TrainStep:
         return FlatAdamW(model, adamw, dtype=config.dtype, accumulate=config.accumulate > 1)
 
     def close(self) -> None:
-        """Release the graphs: NCCL waits for those that hold its work before its communicators can go."""
+        """Release the graphs, and what they hold on to."""
         self._run.release()
+        if isinstance(self.optimizer, DataParallelAdamW):
+            self.optimizer.close()
 
     def run(self, tokens: Tensor, labels: Tensor, patch: Patch, lr: float) -> None:
         """Train on one batch: tokens ``[B, H, W]`` and labels ``[B]``, on any device (pinned memory copies best)."""

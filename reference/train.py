@@ -245,10 +245,8 @@ class Run:
 
     def _evaluates_now(self) -> bool:
         # One process evaluates; the others wait for it in the next step's sum of gradients. A sharded model takes all.
-        if self.rank != 0 and not self.trainer.is_sharded:
-            return False
-        is_last = self.step == self.schedule.total_steps
-        return self.test_data is not None and (is_last or self._is_due(self.config.evaluate_every))
+        evaluates = self.test_data is not None and (self.rank == 0 or self.trainer.is_sharded)
+        return evaluates and (self.step == self.schedule.total_steps or self._is_due(self.config.evaluate_every))
 
     def _reports_now(self, stage: Stage) -> bool:
         config = self.config
@@ -345,8 +343,8 @@ class Run:
         else:  # the batches are the same in any number of processes, dropout is not
             if self.rank == 0:
                 print(f"{self.folder}: {len(saved['random'])} processes before, {self.processes} now", file=sys.stderr)
-            seeds = np.random.SeedSequence((self.config.seed, saved["step"], self.processes, self.rank))
-            torch.manual_seed(int(seeds.generate_state(1)[0]))
+            seed = np.random.SeedSequence((self.config.seed, saved["step"], self.processes, self.rank))
+            torch.manual_seed(int(seed.generate_state(1)[0]))
         self.step = saved["step"]
         self.clock = Clock(self.device, saved["seconds"], saved["setup_seconds"])
 
