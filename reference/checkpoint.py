@@ -186,12 +186,12 @@ def _read_sharded(path: Path, *, whole: bool) -> dict[str, Any]:
 def load_latest(folder: Path, *, sharded: bool = False) -> dict[str, Any] | None:
     """Read the newest checkpoint of a folder that can be read, on the CPU; None where there is no checkpoint at all.
 
-    ``sharded`` is `read`'s.
+    The folder of a sharded checkpoint is its own newest. ``sharded`` is `read`'s.
 
     Raises:
         RuntimeError: there are checkpoints, and none can be read.
     """
-    found = checkpoints(folder)
+    found = [folder] if _NAME.fullmatch(folder.name) else checkpoints(folder)
     for path in reversed(found):
         try:
             return read(path, sharded=sharded)
@@ -220,7 +220,7 @@ def load_model(
         ValueError: what is there is damaged, not a checkpoint of this architecture, or has weights that are not finite.
     """
     path = Path(path)
-    if path.is_dir() and not _NAME.fullmatch(path.name):
+    if path.is_dir():
         state = load_latest(path)
         if state is None:
             raise FileNotFoundError(f"{path}: expected checkpoints named step-*.pt, found none")
