@@ -11,12 +11,13 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import reference.data_parallel
 from reference import train
 from reference.checkpoint import checkpoints, load_latest, load_model, read
 from reference.config import parse
-from reference.data_parallel import divided
+from reference.data_parallel import DataParallelAdamW, Sharing, divided
 from reference.model import Transformer
 from reference.step import StepConfig, TrainStep
 from tests import parallel_runs
@@ -118,6 +119,29 @@ def test_all_processes_have_the_same_weights(two, four):
         for way, (first, *others) in results.items():
             for name, weight in first["weights"].items():
                 assert all(torch.equal(other["weights"][name], weight) for other in others), f"{way}: {name}"
+
+
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.usefixtures("group_of_one")
+def test_a_missing_gradient_and_a_foreign_state_are_named(sharded):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    sharing = Sharing(sharded=sharded)
+    optimizer = DataParallelAdamW(model, parallel_runs.ADAMW, dtype=torch.float32, sharing=sharing)
+    model[0](torch.ones(1, 3)).sum().backward()
+    with pytest.raises(ValueError, match=r"^model: expected a gradient of every parameter, got none of 1\.bias"):
+        optimizer.collect(first=True)
+    state = optimizer.state()
+    state["exp_avg"].pop("1.bias")
+    with pytest.raises(ValueError, match=r"^state\['exp_avg'\]: .* 1.bias is not in both"):
+        optimizer.load(state)
+    optimizer.close()
 
 
 def test_fsdp_without_processes_is_refused():
