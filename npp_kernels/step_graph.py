@@ -100,6 +100,8 @@ class StepGraph:
     - *DistributedDataParallel*: warm-up is 11 steps where a process group exists. Set
       ``TORCH_NCCL_ASYNC_ERROR_HANDLING=0`` before the group is made, and wrap the model on StepGraph's stream:
       ``with torch.cuda.stream(train.stream): model = DistributedDataParallel(model)``.
+    - *Other collectives*: captured with the step, what NCCL does on its own stream included, if the step waits for all.
+      ``release()`` the graphs before ``destroy_process_group``, which would wait for them.
     - ``torch.compile`` in its default mode goes well inside; ``mode="reduce-overhead"`` makes graphs of its own.
 
     Args:

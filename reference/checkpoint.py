@@ -9,6 +9,10 @@ which PyTorch writes and does not look at, are compared with what is read.
                         random                             state of the random generators, for each process
                         data                               what the images were, as `TokenDataset.fingerprint` says
                         model_config, train_config         as plain dictionaries
+
+Neither file depends on how many processes there were, but for ``random``. A model that FSDP has sharded is written by
+all of them, into a folder: ``step-00001000.sharded`` holds the tensors, as `torch.distributed.checkpoint` writes them,
+and the rest in ``run.pt``.
 """
 
 from __future__ import annotations
@@ -16,24 +20,29 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from reference.model import SIZES, ModelConfig, Transformer
 
 KEPT = 2
-_NAME = re.compile(r"step-(\d{8})\.pt")
+_NAME = re.compile(r"step-(\d{8})\.(pt|sharded)")
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
+    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
 
 
 def save(folder: Path, state: dict[str, Any]) -> Path:
@@ -53,11 +62,46 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
     with written_whole(path) as file:  # one partial name for each step, so a killed attempt is written over
         torch.save(state, file)
     _sync_folder(folder)
-    for old in checkpoints(folder)[:-KEPT]:
-        old.unlink()
-    for abandoned in folder.glob("step-*.partial"):
-        abandoned.unlink()
+    _remove_what_is_over(folder)
     return path
+
+
+def save_sharded(folder: Path, trained: dict[str, Any], rest: dict[str, Any]) -> Path:
+    """Write sharded tensors, each process its parts, and what else belongs to the step ``rest["step"]``; all call it.
+
+    Args:
+        folder: of the run, the same for all processes.
+        trained: as `TrainStep.state` returns it, with dictionaries of tensors that may be sharded.
+        rest: the rest of the state, of which the first process's is written.
+    """
+    tensors = {part: value for part, value in trained.items() if isinstance(value, dict)}
+    rest = rest | {name: value for name, value in trained.items() if name not in tensors}
+    is_first = dist.get_rank() == 0
+    path = folder / f"step-{rest['step']:08d}.sharded"
+    partial = path.with_suffix(".partial")
+    if is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+    dist.barrier()
+    distributed_checkpoint.save(tensors, checkpoint_id=partial)
+    if is_first:
+        sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
+        with written_whole(partial / "run.pt") as file:
+            torch.save({**rest, "sizes": sizes}, file)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+        _sync_folder(folder)
+        _remove_what_is_over(folder)
+    dist.barrier()
+    return path
+
+
+def _remove_what_is_over(folder: Path) -> None:
+    """Remove all but the last two checkpoints, and what a killed process has left of one."""
+    for path in (*checkpoints(folder)[:-KEPT], *folder.glob("step-*.partial")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -94,17 +138,20 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         ) from error
 
 
-def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+def read(path: Path, *, mmap: bool = False, sharded: bool = False) -> dict[str, Any]:
     """Read a checkpoint, ours or another, on the CPU.
 
     Args:
-        path: the file.
+        path: the file, or the folder of a sharded one.
         mmap: map its tensors in place of reading them; they are then not compared with their checksums.
+        sharded: leave the tensors of a sharded one where they are, and return their folder as "sharded".
 
     Raises:
         FileNotFoundError: it is missing.
         ValueError: it is damaged, or no checkpoint.
     """
+    if path.is_dir():
+        return _read_sharded(path, whole=not sharded)
     try:
         is_archive = zipfile.is_zipfile(path)  # files of long ago are none, and have no checksums
         if is_archive:
@@ -125,16 +172,32 @@ def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     return state
 
 
-def load_latest(folder: Path) -> dict[str, Any] | None:
+def _read_sharded(path: Path, *, whole: bool) -> dict[str, Any]:
+    """Read the folder of a sharded checkpoint, whose files must have the sizes that they were written with."""
+    state = read(path / "run.pt") if (path / "run.pt").exists() else {}
+    for name, size in state.pop("sizes", {"run.pt": 0}).items():
+        found = (path / name).stat().st_size if (path / name).exists() else 0
+        if found != size or not size:
+            raise ValueError(f"{path}: expected a whole checkpoint, but {name} has {found} of {size} bytes")
+    if not whole:
+        return {**state, "sharded": path}
+    with TemporaryDirectory(dir=path.parent) as folder:  # where there is room for one, there should be for another
+        dcp_to_torch_save(path, Path(folder) / "whole.pt")
+        return {**state, **read(Path(folder) / "whole.pt")}
+
+
+def load_latest(folder: Path, *, sharded: bool = False) -> dict[str, Any] | None:
     """Read the newest checkpoint of a folder that can be read, on the CPU; None where there is no checkpoint at all.
+
+    The folder of a sharded checkpoint is its own newest. ``sharded`` is `read`'s.
 
     Raises:
         RuntimeError: there are checkpoints, and none can be read.
     """
-    found = checkpoints(folder)
+    found = [folder] if _NAME.fullmatch(folder.name) else checkpoints(folder)
     for path in reversed(found):
         try:
-            return read(path)
+            return read(path, sharded=sharded)
         except ValueError as error:  # noqa: PERF203 - at most a few files
             print(f"{error}\n{path} cannot be read, trying the one before", file=sys.stderr)
     if found:

@@ -11,7 +11,7 @@ from typing import Any
 from npp_kernels import PatchSchedule
 from reference.model import SIZES, ModelConfig
 from reference.optimizer import AdamWConfig
-from reference.step import StepConfig
+from reference.step import GRADIENTS, PARALLEL, PRECISIONS, StepConfig
 
 
 def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
@@ -46,9 +46,18 @@ class TrainConfig:
     class_dropout: float = option(0.1, "of the class, for classifier-free guidance")
     guidance: float = option(2.0, "scale of classifier-free guidance, for sampling from the checkpoint")
     ema: float = option(0.0, "decay of the moving average of the weights; 0 for none. The log is of the raw weights")
-    precision: str = option("auto", "auto is bf16 on a GPU and fp32 elsewhere", ("auto", "bf16", "autocast", "fp32"))
+    precision: str = option("auto", "auto is bf16 on a GPU and fp32 elsewhere", ("auto", *PRECISIONS))
     compile: str = option("auto", "compile the layers; auto does on a GPU", ("auto", "on", "off"))
-    graph: bool = option(True, "one CUDA graph for each stage; off under torchrun")
+    graph: bool = option(True, "one CUDA graph for each stage")
+    parallel: str = option(
+        "sharded",
+        "several processes: sharded optimizer, replicated optimizer, fsdp for a model that one GPU cannot hold, or "
+        "PyTorch's ddp for comparison; the last two without a graph",
+        PARALLEL,
+    )
+    gradients: str = option(
+        "auto", "what gradients are added up in over the processes; auto is the dtype of the model", GRADIENTS
+    )
     official: bool = option(False, "the official code's formulation and optimizer, for comparison")
     seed: int = option(0, "of weights, data order, augmentation and dropout")
     workers: int = option(2, "processes that read code directories; 0 for none")
@@ -57,6 +66,9 @@ class TrainConfig:
         0, "steps between evaluations on the test split at patch 1, and at the end; 0 for none"
     )
     checkpoint_every: int = option(1000, "steps between checkpoints")
+    lost_after: float = option(
+        20.0, "seconds without a sign of life after which another process counts as lost; 0 for never"
+    )
     tensorboard: bool = option(False, "write TensorBoard events as well as the CSV log")
 
     def model_config(self, vocab_size: int, grid: tuple[int, int], num_classes: int) -> ModelConfig:
@@ -72,17 +84,18 @@ class TrainConfig:
             class_dropout=self.class_dropout,
         )
 
-    def step_config(self, device_type: str, processes: int) -> StepConfig:
+    def step_config(self, device_type: str) -> StepConfig:
         """Return how this run computes its steps on a kind of device."""
         on_gpu = device_type == "cuda"
         automatic_precision = "fp32" if not on_gpu else "autocast" if self.official else "bf16"
         return StepConfig(
             precision=automatic_precision if self.precision == "auto" else self.precision,
             compile=on_gpu if self.compile == "auto" else self.compile == "on",
-            # Capturing NCCL's work ties the graph to one communicator's life; nothing here needs that risk.
-            graph=self.graph and on_gpu and processes == 1,
+            graph=self.graph and on_gpu,
             accumulate=self.accumulate,
             official=self.official,
+            parallel=self.parallel,
+            gradients=self.gradients,
         )
 
     def adamw_config(self) -> AdamWConfig:
@@ -116,7 +129,11 @@ PRESETS = {
 }
 
 # What may change between the parts of one run without changing its numbers.
-FREE_TO_CHANGE = {"output", "workers", "log_every", "evaluate_every", "checkpoint_every", "tensorboard", "guidance"}
+FREE_TO_CHANGE = {
+    "output", "workers", "log_every", "evaluate_every", "checkpoint_every", "lost_after", "tensorboard", "guidance",
+}  # fmt: skip
+# And what changes roundings only, as the number of processes does.
+FREE_TO_CHANGE |= {"parallel"}
 
 
 def options_parser(prog: str, description: str, leave_out: Collection[str] = ()) -> argparse.ArgumentParser:

@@ -5,15 +5,14 @@ views of them. Clipping, update, rounding to bf16 and the moving average are the
 gradients where autograd left them: with a bf16 model, 28 bytes for each parameter and 2 for the norm, against 48 for a
 copy of the gradients to fp32, clipping and `torch.optim.AdamW`. At 775M parameters on an H100 that difference is 4.7 ms
 of a coarse step that should take 17.
-
-`OfficialAdamW` is what the official code does, `torch.optim.AdamW` and `clip_grad_norm_`, for comparison.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, repeat
-from typing import Any, cast
+from itertools import accumulate
+from typing import NamedTuple, cast
 
 import torch
 import triton
@@ -107,24 +106,27 @@ def _adamw_kernel(
         tl.store(average_ptr + places, master + keep_average * (tl.load(average_ptr + places) - master))
 
 
-class FlatGroup:
-    """Parameters that are updated alike, as views of flat tensors."""
+class FlatLayout:
+    """Where parameters stand in a flat tensor.
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], dtype: torch.dtype, config: AdamWConfig) -> None:
-        self.config = config
+    Args:
+        named: the parameters, which keep their order.
+        multiple: of which the length is one, itself a multiple of `BLOCK`.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], multiple: int = BLOCK) -> None:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.shapes = [parameter.shape for parameter in self.parameters]
         self.sizes = [shape.numel() for shape in self.shapes]
-        *self.starts, self.end = accumulate((cdiv(size, BLOCK) * BLOCK for size in self.sizes), initial=0)
-        self.master = torch.zeros(self.end, dtype=torch.float32, device=self.parameters[0].device)
-        torch._foreach_copy_(self.views(self.master), [parameter.detach() for parameter in self.parameters])
-        self.moments = (torch.zeros_like(self.master), torch.zeros_like(self.master))
-        self.average = self.master.clone() if config.ema else None
-        self.working = None if dtype == torch.float32 else self.master.to(dtype)
-        used = self.master if self.working is None else self.working
-        for parameter, view in zip(self.parameters, self.views(used), strict=True):
-            parameter.data = view
+        *self.starts, end = accumulate((cdiv(size, BLOCK) * BLOCK for size in self.sizes), initial=0)
+        self.end = cdiv(end, multiple) * multiple
+
+    def copied(self) -> Tensor:
+        """Return the parameters in a flat fp32 tensor."""
+        flat = torch.zeros(self.end, dtype=torch.float32, device=self.parameters[0].device)
+        torch._foreach_copy_(self.views(flat), [parameter.detach() for parameter in self.parameters])
+        return flat
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Return one view of a flat tensor for each parameter."""
@@ -135,29 +137,81 @@ class FlatGroup:
         """Return the views of a flat tensor by the names of the parameters."""
         return dict(zip(self.names, self.views(flat), strict=True))
 
-    def update(self, gradients: list[Tensor], scalars: Tensor) -> None:
-        """Update all parameters with these gradients; ``scalars`` as for `adamw_`."""
+    def hand_out(self, flat: Tensor) -> None:
+        """Make the parameters views of a flat tensor."""
+        for parameter, view in zip(self.parameters, self.views(flat), strict=True):
+            parameter.data = view
+
+
+class Flats(NamedTuple):
+    """What an update reads and writes: flat tensors of one length, as `adamw_` describes them."""
+
+    master: Tensor
+    moment1: Tensor
+    moment2: Tensor
+    working: Tensor | None
+    average: Tensor | None
+
+    def update(self, gradients: Sequence[Tensor], starts: Sequence[int], scalars: Tensor, config: AdamWConfig) -> None:
+        """Update with gradients that belong to the places from ``starts`` on; ``scalars`` as for `adamw_`."""
         if runs_kernels(self.master):
             for first in range(0, len(gradients), GRADIENTS_OF_A_LAUNCH):
-                self._launch(slice(first, first + GRADIENTS_OF_A_LAUNCH), gradients, scalars)
+                part = slice(first, first + GRADIENTS_OF_A_LAUNCH)
+                end = starts[part.stop] if part.stop < len(starts) else len(self.master)
+                self._launch(gradients[part], starts[part], end, scalars, config)
             return
-        flats = (self.master, *self.moments, self.working, self.average)
-        views = [repeat(None) if flat is None else self.views(flat) for flat in flats]
-        for gradient, master, moment1, moment2, working, average in zip(gradients, *views, strict=False):
-            adamw_(master, (moment1, moment2), gradient, working, average, scalars, self.config)
+        for gradient, start in zip(gradients, starts, strict=True):
+            places = slice(start, start + gradient.numel())
+            master, moment1, moment2, working, average = (None if flat is None else flat[places] for flat in self)
+            moments = cast(Tensor, moment1), cast(Tensor, moment2)
+            adamw_(cast(Tensor, master), moments, gradient.flatten(), working, average, scalars, config)
 
-    def _launch(self, part: slice, gradients: list[Tensor], scalars: Tensor) -> None:
-        tensors, starts, sizes = gradients[part], self.starts[part], self.sizes[part]
-        end = self.starts[part.stop] if part.stop < len(self.starts) else self.end
-        padding = GRADIENTS_OF_A_LAUNCH - len(tensors)  # never reached: one compiled kernel serves any number
+    def _launch(
+        self, gradients: Sequence[Tensor], starts: Sequence[int], end: int, scalars: Tensor, config: AdamWConfig
+    ) -> None:
+        padding = GRADIENTS_OF_A_LAUNCH - len(gradients)  # never reached: one compiled kernel serves any number
         launch(
             _adamw_kernel, ((end - starts[0]) // BLOCK,),
-            self.master, *self.moments, self.working, self.average, scalars,
-            (*(tensor.contiguous() for tensor in tensors), *tensors[:1] * padding),
-            (*starts, *[end] * padding), (*sizes, *[0] * padding),
-            self.config.beta1, self.config.beta2, self.config.weight_decay, self.config.ema,
+            *self, scalars,
+            (*(gradient.contiguous() for gradient in gradients), *[gradients[0]] * padding),
+            (*starts, *[end] * padding), (*(gradient.numel() for gradient in gradients), *[0] * padding),
+            config.beta1, config.beta2, config.weight_decay, config.ema,
             EPSILON=EPSILON, BLOCK=BLOCK,
         )  # fmt: skip
+
+
+class FlatGroup(FlatLayout):
+    """Parameters that are updated alike, as views of flat tensors."""
+
+    def __init__(self, named: list[tuple[str, nn.Parameter]], dtype: torch.dtype, config: AdamWConfig) -> None:
+        super().__init__(named)
+        self.config = config
+        master = self.copied()
+        average = master.clone() if config.ema else None
+        working = None if dtype == torch.float32 else master.to(dtype)
+        self.flats = Flats(master, torch.zeros_like(master), torch.zeros_like(master), working, average)
+        self.hand_out(master if working is None else working)
+
+    def update(self, gradients: list[Tensor], scalars: Tensor) -> None:
+        """Update all parameters with these gradients; ``scalars`` as for `adamw_`."""
+        self.flats.update(gradients, self.starts, scalars, self.config)
+
+
+def groups_of(model: nn.Module, config: AdamWConfig) -> list[tuple[list[tuple[str, nn.Parameter]], AdamWConfig]]:
+    """Return the parameters that decay, and those that do not, with what their updates take."""
+    named = list(model.named_parameters())
+    decaying = [(name, parameter) for name, parameter in named if parameter.ndim >= 2]
+    others = [(name, parameter) for name, parameter in named if parameter.ndim < 2]
+    parts = ((decaying, config), (others, replace(config, weight_decay=0.0)))
+    return [(part, part_config) for part, part_config in parts if part]
+
+
+def scalars_of(norm: Tensor, lr: Tensor, updates: Tensor, config: AdamWConfig) -> Tensor:
+    """Return what `adamw_` takes as ``scalars``, for a gradient of this norm, in the update of this number."""
+    factor = (config.clip / (norm + CLIP_EPSILON)).clamp(max=1) if config.clip else torch.ones_like(norm)
+    correction1 = 1 - torch.pow(config.beta1, updates)
+    correction2 = 1 - torch.pow(config.beta2, updates)
+    return torch.stack((lr, factor, correction1, correction2))
 
 
 class FlatAdamW:
@@ -190,16 +244,13 @@ class FlatAdamW:
         dtype: torch.dtype = torch.float32,
         accumulate: bool = False,
     ) -> None:
-        named = list(model.named_parameters())
-        decaying = [(name, parameter) for name, parameter in named if parameter.ndim >= 2]
-        others = [(name, parameter) for name, parameter in named if parameter.ndim < 2]
-        parts = ((decaying, config), (others, replace(config, weight_decay=0.0)))
         self.config = config
-        self.groups = [FlatGroup(part, dtype, part_config) for part, part_config in parts if part]
+        self.groups = [FlatGroup(part, dtype, part_config) for part, part_config in groups_of(model, config)]
         # A single gradient stays where autograd left it; several are summed in tensors of their own.
         self.accumulate = accumulate
-        self.gradients = [group.views(torch.zeros_like(group.master)) for group in self.groups] if accumulate else []
-        device = self.groups[0].master.device
+        sums = [group.views(torch.zeros_like(group.flats.master)) for group in self.groups] if accumulate else []
+        self.gradients = sums
+        device = self.groups[0].flats.master.device
         self.lr = torch.zeros((), device=device)
         self.updates = torch.zeros((), device=device)  # a tensor, since a replayed graph must count on
 
@@ -231,11 +282,8 @@ class FlatAdamW:
         """Clip and update; return the norm of the gradient before clipping."""
         everything = [gradient for gradients in self.gradients for gradient in gradients]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(everything, 2, dtype=torch.float32)))
-        factor = (self.config.clip / (norm + CLIP_EPSILON)).clamp(max=1) if self.config.clip else torch.ones_like(norm)
         self.updates.add_(1)
-        correction1 = 1 - torch.pow(self.config.beta1, self.updates)
-        correction2 = 1 - torch.pow(self.config.beta2, self.updates)
-        scalars = torch.stack((self.lr, factor, correction1, correction2))
+        scalars = scalars_of(norm, self.lr, self.updates, self.config)
         for group, gradients in zip(self.groups, self.gradients, strict=True):
             group.update(gradients, scalars)
         if not self.accumulate:
@@ -247,90 +295,27 @@ class FlatAdamW:
         state: dict[str, dict[str, Tensor]] = {"model": {}, "exp_avg": {}, "exp_avg_sq": {}}
         state["counters"] = {"updates": self.updates}
         for group in self.groups:
-            state["model"] |= group.named(group.master)
-            state["exp_avg"] |= group.named(group.moments[0])
-            state["exp_avg_sq"] |= group.named(group.moments[1])
-            if group.average is not None:
-                state.setdefault("ema", {}).update(group.named(group.average))
+            state["model"] |= group.named(group.flats.master)
+            state["exp_avg"] |= group.named(group.flats.moment1)
+            state["exp_avg_sq"] |= group.named(group.flats.moment2)
+            if group.flats.average is not None:
+                state.setdefault("ema", {}).update(group.named(group.flats.average))
         return state
 
     def load(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Restore what `state` returned; the model's parameters follow."""
         load_tensors(self.state(), state)
         for group in self.groups:
-            if group.working is not None:
-                group.working.copy_(group.master)
+            if group.flats.working is not None:
+                group.flats.working.copy_(group.flats.master)
 
 
-class OfficialAdamW:
-    """The official code's optimizer: `torch.optim.AdamW` on separate fp32 parameters, for comparison.
+def check_tensors(own: Mapping[str, Mapping[str, Tensor]], saved: dict[str, dict[str, Tensor]]) -> None:
+    """Refuse saved tensors whose names or shapes are not one's own.
 
-    The methods are those of `FlatAdamW`. It runs in one process, and outside of CUDA graphs.
+    Raises:
+        ValueError: they are those of another model, or another optimizer.
     """
-
-    def __init__(self, model: nn.Module, config: AdamWConfig) -> None:
-        named = dict(model.named_parameters())
-        decaying = [parameter for parameter in named.values() if parameter.ndim >= 2]
-        others = [parameter for parameter in named.values() if parameter.ndim < 2]
-        self.config = config
-        self.named = named
-        self.averages = {name: p.detach().clone() for name, p in named.items()} if config.ema else {}
-        groups: list[dict[str, Any]] = [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(
-            groups,
-            lr=0.0,
-            betas=(config.beta1, config.beta2),
-            eps=EPSILON,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next update."""
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-
-    def collect(self, *, first: bool) -> None:
-        """Leave the gradients where autograd adds them up."""
-
-    def update(self) -> Tensor:
-        """Clip and update; return the norm of the gradient before clipping."""
-        limit = self.config.clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), limit)
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
-        if self.averages:
-            weights = [parameter.detach() for parameter in self.named.values()]
-            torch._foreach_lerp_(list(self.averages.values()), weights, 1 - self.config.ema)
-        return norm
-
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return weights, moments and moving average by the names of the model's state dict."""
-        for parameter in self.named.values():
-            if not self.adamw.state[parameter]:  # AdamW makes its state in the first step
-                self.adamw.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        moments = {name: self.adamw.state[parameter] for name, parameter in self.named.items()}
-        state = {
-            "model": {name: parameter.detach() for name, parameter in self.named.items()},
-            "exp_avg": {name: moment["exp_avg"] for name, moment in moments.items()},
-            "exp_avg_sq": {name: moment["exp_avg_sq"] for name, moment in moments.items()},
-            "counters": {"updates": next(iter(moments.values()))["step"]},
-        }
-        return state | ({"ema": self.averages} if self.averages else {})
-
-    def load(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Restore what `state` returned."""
-        load_tensors(self.state(), state)
-        for parameter in self.named.values():
-            self.adamw.state[parameter]["step"].copy_(state["counters"]["updates"])
-
-
-def load_tensors(own: dict[str, dict[str, Tensor]], saved: dict[str, dict[str, Tensor]]) -> None:
-    """Copy saved tensors into one's own, which must have the same names and shapes."""
     for part, tensors in own.items():
         if part not in saved:
             raise ValueError(f"state: expected {part!r}, got {sorted(saved)}")
@@ -341,4 +326,11 @@ def load_tensors(own: dict[str, dict[str, Tensor]], saved: dict[str, dict[str, T
                 raise ValueError(
                     f"state[{part!r}][{name!r}]: expected {tuple(tensor.shape)}, got {tuple(saved[part][name].shape)}"
                 )
+
+
+def load_tensors(own: dict[str, dict[str, Tensor]], saved: dict[str, dict[str, Tensor]]) -> None:
+    """Copy saved tensors into one's own, which must have the same names and shapes."""
+    check_tensors(own, saved)
+    for part, tensors in own.items():
+        for name, tensor in tensors.items():
             tensor.copy_(saved[part][name])

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,7 +45,10 @@ def process_group() -> Iterator[torch.device]:
     if "RANK" not in os.environ:
         yield device
         return
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    # Who waits for an evaluation of the first process waits long; who is lost is the heartbeat's to say.
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", timeout=timedelta(hours=2), device_id=device if on_gpu else None
+    )
     try:
         yield device
     finally:

@@ -10,19 +10,26 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from npp_kernels import StepGraph, group_tokens
 from npp_kernels.grouping import Patch
+from reference.data_parallel import DataParallelAdamW, Sharing
+from reference.fsdp import shard
 from reference.model import Block, Transformer
-from reference.optimizer import AdamWConfig, FlatAdamW, OfficialAdamW
+from reference.optimizer import AdamWConfig, FlatAdamW
+from reference.torch_adamw import TorchAdamW
 
 WARMUP_STEPS = 3  # ordinary steps of a stage before its graph is captured
+PRECISIONS = ("bf16", "autocast", "fp32")
+PARALLEL = ("sharded", "replicated", "fsdp", "ddp")  # what a run may ask for
+GRADIENTS = ("auto", "bf16", "fp32")
 SETUP_STEPS = WARMUP_STEPS + 1  # and the one that captures: steps of a stage that take longer than later ones
 
 
@@ -35,6 +42,12 @@ class StepConfig:
 
     ``compile``: compile a layer, for all to share. That is as fast as the whole model, for less set-up: around the
     layers are a few kernels, and the loss, one operation. The official formulation is compiled as a whole.
+
+    ``parallel``: what several processes do (`PARALLEL`). ``"sharded"`` and ``"replicated"`` are `DataParallelAdamW`'s;
+    ``"fsdp"`` shards the model as well, for one that a GPU cannot hold; ``"ddp"`` is PyTorch's own
+    `DistributedDataParallel`, for comparison. The last two run without a graph. ``"none"``: a process trains by itself.
+
+    ``gradients``: the dtype in which they are added up over the processes; ``"auto"`` is the model's.
     """
 
     precision: str = "bf16"
@@ -42,14 +55,27 @@ class StepConfig:
     graph: bool = True  # ignored without a GPU
     accumulate: int = 1  # backward passes in a step, each over its part of the batch
     official: bool = False  # the official code's optimizer, and no graph
+    parallel: str = "sharded"
+    gradients: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.precision not in ("bf16", "autocast", "fp32"):
-            raise ValueError(f"precision: expected bf16, autocast or fp32, got {self.precision!r}")
+        for name, allowed in (("precision", PRECISIONS), ("parallel", (*PARALLEL, "none")), ("gradients", GRADIENTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.accumulate < 1:
             raise ValueError(f"accumulate: expected at least 1, got {self.accumulate}")
         if self.official and self.precision == "bf16":
             raise ValueError("precision: expected autocast or fp32 with the official formulation, got 'bf16'")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's parameters."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """The dtype in which gradients are added up over the processes."""
+        return {"auto": self.dtype, "bf16": torch.bfloat16, "fp32": torch.float32}[self.gradients]
 
 
 @dataclass(frozen=True)
@@ -90,7 +116,8 @@ class TrainStep:
     6.238
 
     Args:
-        model: on its device already; its parameters become views of the optimizer's tensors.
+        model: on its device already; its parameters become views of the optimizer's tensors. Under FSDP it may be on
+            the host, and goes to this process's device layer by layer.
         config: how a step is computed.
         adamw: hyperparameters of the optimizer.
         batch_size: images of a step in this process, a multiple of ``config.accumulate``.
@@ -99,28 +126,27 @@ class TrainStep:
     def __init__(self, model: Transformer, config: StepConfig, adamw: AdamWConfig, *, batch_size: int) -> None:
         if batch_size % config.accumulate:
             raise ValueError(f"batch_size: expected a multiple of accumulate = {config.accumulate}, got {batch_size}")
-        self.processes = dist.get_world_size() if dist.is_initialized() else 1
+        self.processes = dist.get_world_size() if dist.is_initialized() and config.parallel != "none" else 1
         if config.official and self.processes > 1:
             raise ValueError(f"official: expected one process, got {self.processes}")
-        device = model.output.weight.device
+        if config.parallel == "fsdp" and not dist.is_initialized():
+            raise ValueError("parallel: expected fsdp under torchrun, got it without; one process is enough")
         self.model = model
         self.config = config
-        self.optimizer: FlatAdamW | OfficialAdamW
-        if config.official:
-            self.optimizer = OfficialAdamW(model, adamw)
-        else:
-            dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-            self.optimizer = FlatAdamW(model, adamw, dtype=dtype, accumulate=config.accumulate > 1)
+        self.is_sharded = config.parallel == "fsdp"  # the model itself, and not only the optimizer's state
         options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
         self._loss: Callable[..., Tensor] = model.loss
         if config.compile and config.official:
             self._loss = torch.compile(model.loss, **options)
-        elif config.compile:
+        elif config.compile and not self.is_sharded:
             model.run_layer = torch.compile(Block.forward, **options)
-        if self.processes > 1:
-            # Averages the gradients of all processes while the backward still computes others.
+        self.optimizer = self._make_optimizer(adamw)
+        # Ours adds gradients up over the processes; FSDP and DistributedDataParallel average them.
+        self.averages = self.is_sharded or config.parallel == "ddp"
+        if config.parallel == "ddp" and self.processes > 1:
             self._loss = DistributedDataParallel(Loss(model), gradient_as_bucket_view=True)
 
+        device = model.output.weight.device
         self.device = device
         self.num_targets = batch_size * math.prod(model.config.grid)  # of all parts: each adds its share of the mean
         self.sums = torch.zeros(2, device=device)  # of the losses and of the gradient's norms since the last report
@@ -131,8 +157,25 @@ class TrainStep:
             warmup=WARMUP_STEPS,
             release_past=True,
             device=device,
-            enabled=config.graph and not config.official,
+            enabled=config.graph and not config.official and not (self.averages and self.processes > 1),
         )
+
+    def _make_optimizer(self, adamw: AdamWConfig) -> FlatAdamW | DataParallelAdamW | TorchAdamW:
+        config, model = self.config, self.model
+        if self.is_sharded:
+            shard(model, config.dtype, config.gradient_dtype, compile=config.compile)
+        if self.is_sharded or config.official:
+            return TorchAdamW(model, adamw)
+        if self.processes > 1 and config.parallel != "ddp":
+            sharing = Sharing(config.parallel == "sharded", config.gradient_dtype, config.accumulate)
+            return DataParallelAdamW(model, adamw, dtype=config.dtype, sharing=sharing)
+        return FlatAdamW(model, adamw, dtype=config.dtype, accumulate=config.accumulate > 1)
+
+    def close(self) -> None:
+        """Release the graphs, and what they hold on to."""
+        self._run.release()
+        if isinstance(self.optimizer, DataParallelAdamW):
+            self.optimizer.close()
 
     def run(self, tokens: Tensor, labels: Tensor, patch: Patch, lr: float) -> None:
         """Train on one batch: tokens ``[B, H, W]`` and labels ``[B]``, on any device (pinned memory copies best)."""
@@ -144,10 +187,7 @@ class TrainStep:
 
     def report(self) -> Progress:
         """Wait for the device, and return the means since the last report."""
-        if self.processes > 1:
-            dist.all_reduce(self.sums)
-            self.sums /= self.processes
-        loss, norm = (self.sums / max(self.summed_steps, 1)).tolist()
+        loss, norm = (self._sums_of_all() / max(self.summed_steps, 1)).tolist()
         progress = Progress(loss, norm, self.summed_steps)
         self.sums.zero_()
         self.summed_steps = 0
@@ -160,23 +200,40 @@ class TrainStep:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def state(self) -> dict[str, Any]:
-        """Return all that a checkpoint needs of the step: the optimizer's state, and the sums of the next report."""
-        return {**self.optimizer.state(), "sums": self.sums, "summed_steps": self.summed_steps}
+        """Return all that a checkpoint needs of the step: the optimizer's state, and the sums of the next report.
+
+        Every process calls it. What it returns does not depend on how many there are; only the first has all of it,
+        or, where the model is sharded, each its part.
+        """
+        return {**self.optimizer.state(), "sums": self._sums_of_all(), "summed_steps": self.summed_steps}
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         self.optimizer.load(state)
         self.sums.copy_(state["sums"])
+        if self.processes > 1 and not self.averages and dist.get_rank() != 0:
+            self.sums[0] = 0.0  # each process has its share of the losses
         self.summed_steps = state["summed_steps"]
+
+    def _sums_of_all(self) -> Tensor:
+        """Return the sums over all processes: of the loss, and of the norm, which all of them know."""
+        if self.processes == 1:
+            return self.sums
+        sums = self.sums.clone()
+        dist.all_reduce(sums)
+        return sums / sums.new_tensor([self.processes if self.averages else 1, self.processes])
 
     def _compute(self, tokens: Tensor, labels: Tensor, *, patch: Patch) -> None:
         """Compute one step."""
         parts = self.config.accumulate
+        num_targets = self.num_targets * (1 if self.averages else self.processes)
         for part, (images, classes) in enumerate(zip(tokens.chunk(parts), labels.chunk(parts), strict=True)):
+            if self.is_sharded:
+                cast(FSDPModule, self.model).set_requires_gradient_sync(part == parts - 1)
             groups = group_tokens(images, patch, grid=self.model.config.grid)
             with self.precision():
-                loss = self._loss(groups, classes, patch, num_targets=self.num_targets)
+                loss = self._loss(groups, classes, patch, num_targets=num_targets)
             loss.backward()
             self.sums[0].add_(loss.detach())
             self.optimizer.collect(first=part == 0)

@@ -11,9 +11,9 @@ Exit status: 0 when the run is complete; 1 when it cannot go on (the loss is not
 uses its folder); 75 when it was asked to stop by SIGTERM, as schedulers do before they take a machine back: it finishes
 its step (under torchrun, the steps up to the next report), saves a checkpoint, and the same command goes on from there.
 
-Under torchrun every process holds the whole model and trains on its part of each batch; `DistributedDataParallel`
-averages the gradients, 0.2 to 2.8 GB in bf16 at the four sizes of the paper, beside the backward. (A model that one GPU
-cannot hold would need FSDP.)
+Under torchrun every process trains on its part of each batch, and updates its part of the weights; the step is one CUDA
+graph, the exchange of gradients included. ``--parallel fsdp`` is for a model that one GPU cannot hold. A run may go on
+in another number of processes. Where one is lost, the others say so within a minute, and end with status 1.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ from npp_kernels import PatchSchedule, Stage
 from reference import checkpoint
 from reference.codes import ArrayDataset, TokenDataset, load_dataset
 from reference.config import FREE_TO_CHANGE, TrainConfig, parse
+from reference.heartbeat import Heartbeat
 from reference.log import COLUMNS, Log
 from reference.model import Transformer
 from reference.processes import STOPPED, Stopped, Termination, leave_stopping_to_the_run, only_run_in, process_group
 from reference.step import SETUP_STEPS, Progress, TrainStep
 
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+EXPECTED = {errno.ENOSPC, errno.EDQUOT, errno.EAGAIN}  # the disk is full, or another run is in the folder
 # Logits of an evaluation's batch: what a CPU's caches do not suffer from, and what keeps a GPU busy (512 MB in fp32).
 EVALUATED_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
@@ -146,10 +147,12 @@ class Run:
 
         torch.manual_seed(config.seed)  # the same weights in every process
         model_config = config.model_config(dataset.vocab_size, dataset.grid, dataset.num_classes)
-        self.model = Transformer(model_config, fast=not config.official).to(device)
+        self.model = Transformer(model_config, fast=not config.official)
+        if config.parallel != "fsdp":  # which takes it to the device in parts
+            self.model.to(device)
         self.trainer = TrainStep(
             self.model,
-            config.step_config(device.type, self.processes),
+            config.step_config(device.type),
             config.adamw_config(),
             batch_size=config.batch_size // self.processes,
         )
@@ -158,7 +161,7 @@ class Run:
         self.step = 0
         self.clock = Clock(device, 0.0, 0.0)
         self.folder.mkdir(parents=True, exist_ok=True)
-        saved = checkpoint.load_latest(self.folder)
+        saved = checkpoint.load_latest(self.folder, sharded=self.trainer.is_sharded)
         if saved is not None:
             self._restore(saved)
 
@@ -180,6 +183,10 @@ class Run:
         self.model.train()
         with log as open_log, bar, Termination() as termination:
             self._train(open_log, bar, termination)
+
+    def close(self) -> None:
+        """Give back what holds on to the process group."""
+        self.trainer.close()
 
     def _train(self, log: Log | None, bar: tqdm, termination: Termination) -> None:
         loader = DataLoader(
@@ -211,8 +218,7 @@ class Run:
         progress = self.trainer.report()
         speed = self.clock.stop() * self.config.batch_size
         self._check(progress, stage, lr)
-        # One process evaluates; the others wait for it in the next step's sum of gradients.
-        score = self._evaluate() if self._evaluates_now() and self.rank == 0 else (None, None, None)
+        score = self._evaluate() if self._evaluates_now() else (None, None, None)
         if log is not None:
             log.write(self._row(stage, lr, progress, speed, score))
         bar.set_description(f"patch {stage.patch} ({stage.index + 1}/{len(self.schedule.stages)})")
@@ -238,8 +244,9 @@ class Run:
         return every > 0 and self.step % every == 0
 
     def _evaluates_now(self) -> bool:
-        is_last = self.step == self.schedule.total_steps
-        return self.test_data is not None and (is_last or self._is_due(self.config.evaluate_every))
+        # One process evaluates; the others wait for it in the next step's sum of gradients. A sharded model takes all.
+        evaluates = self.test_data is not None and (self.rank == 0 or self.trainer.is_sharded)
+        return evaluates and (self.step == self.schedule.total_steps or self._is_due(self.config.evaluate_every))
 
     def _reports_now(self, stage: Stage) -> bool:
         config = self.config
@@ -301,36 +308,43 @@ class Run:
         if self.processes > 1:
             all_random = [None] * self.processes
             dist.all_gather_object(all_random, random)
-        if self.rank == 0:
-            state = {
-                **self.trainer.state(),
-                "step": self.step,
-                "seconds": self.clock.seconds,
-                "setup_seconds": self.clock.setup_seconds,
-                "random": all_random,
-                "data": self.fingerprint,
-                "model_config": asdict(self.model.config),
-                "train_config": asdict(self.config),
-            }
-            assert log is not None, "the process that saves is the one that logs"
+        trained = self.trainer.state()
+        rest = {
+            "step": self.step,
+            "seconds": self.clock.seconds,
+            "setup_seconds": self.clock.setup_seconds,
+            "random": all_random,
+            "data": self.fingerprint,
+            "model_config": asdict(self.model.config),
+            "train_config": asdict(self.config),
+        }
+        if log is not None:
             log.sync()
-            checkpoint.save(self.folder, state)
+        if self.trainer.is_sharded:
+            checkpoint.save_sharded(self.folder, trained, rest)
+        elif self.rank == 0:
+            checkpoint.save(self.folder, trained | rest)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         for name, value in asdict(self.config).items():
-            if name not in FREE_TO_CHANGE and saved["train_config"][name] != value:
+            before = saved["train_config"].get(name, value)  # older checkpoints know fewer options
+            if name not in FREE_TO_CHANGE and before != value:
                 raise ValueError(
-                    f"{name}: expected {saved['train_config'][name]!r}, as in the run in {self.folder}, got {value!r}; "
+                    f"{name}: expected {before!r}, as in the run in {self.folder}, got {value!r}; "
                     "choose another --output for another run"
                 )
-        if len(saved["random"]) != self.processes:
-            raise ValueError(f"processes: expected {len(saved['random'])}, as in that run, got {self.processes}")
         self._check_data(saved)
         self.trainer.load(saved)
-        random = saved["random"][self.rank]
-        torch.set_rng_state(random["cpu"])
-        if self.device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"])
+        if len(saved["random"]) == self.processes:
+            random = saved["random"][self.rank]
+            torch.set_rng_state(random["cpu"])
+            if self.device.type == "cuda" and "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"])
+        else:  # the batches are the same in any number of processes, dropout is not
+            if self.rank == 0:
+                print(f"{self.folder}: {len(saved['random'])} processes before, {self.processes} now", file=sys.stderr)
+            seed = np.random.SeedSequence((self.config.seed, saved["step"], self.processes, self.rank))
+            torch.manual_seed(int(seed.generate_state(1)[0]))
         self.step = saved["step"]
         self.clock = Clock(self.device, saved["seconds"], saved["setup_seconds"])
 
@@ -362,8 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(config: TrainConfig, device: torch.device) -> int:
     """Train what is left of a run; return the exit status."""
     try:
-        with only_run_in(Path(config.output)):
-            run = Run(config, device)
+        with Heartbeat(config.lost_after), only_run_in(Path(config.output)), closing(Run(config, device)) as run:
             if run.rank == 0:
                 where = f"from step {run.step} of" if run.step else "for"
                 cost = run.schedule.relative_cost(run.model.config.grid)
@@ -374,11 +387,8 @@ def train(config: TrainConfig, device: torch.device) -> int:
             run.train()
     except Stopped:
         return STOPPED  # in place of an exception that holds the run
-    except (FloatingPointError, BlockingIOError) as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno not in FULL_DISK:
+    except (FloatingPointError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in EXPECTED:
             raise
         print(f"stopped: {error}", file=sys.stderr)
         return 1

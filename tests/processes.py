@@ -11,8 +11,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def environment(device="cpu"):
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return variables if device == "cuda" else variables | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def run_in(processes, *arguments, device="cpu", timeout=240):
+    """Run ``torchrun -m arguments`` in so many processes; return what they said."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    command = [sys.executable, "-m", *launcher, *map(str, arguments)]
+    result = subprocess.run(command, env=environment(device), capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result
 
 
 @contextmanager

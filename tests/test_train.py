@@ -24,9 +24,10 @@ from reference.checkpoint import checkpoints, load_latest
 from reference.codes import load_dataset
 from reference.config import TrainConfig, parse
 from reference.model import ModelConfig, Transformer
-from reference.optimizer import AdamWConfig, FlatAdamW, OfficialAdamW
+from reference.optimizer import AdamWConfig, FlatAdamW
 from reference.processes import STOPPED, only_run_in
 from reference.step import StepConfig, TrainStep
+from reference.torch_adamw import TorchAdamW
 from tests.processes import environment, kill_when, started, wait_until
 
 CONFIG = ModelConfig(
@@ -98,7 +99,7 @@ def test_parameters_of_many_shapes_and_sizes(dtype, device):
     models[1].load_state_dict(models[0].state_dict())
     adamw = AdamWConfig(weight_decay=0.3, clip=5.0, ema=0.9)
     optimizer = FlatAdamW(models[0].to(device), adamw, dtype=dtype)
-    official = OfficialAdamW(models[1].to(device), adamw)
+    official = TorchAdamW(models[1].to(device), adamw)
     for _ in range(3):
         for parameter, other in zip(*(model.parameters() for model in models), strict=True):
             parameter.grad = torch.randn(parameter.shape, device=device).to(dtype)

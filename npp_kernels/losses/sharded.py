@@ -106,7 +106,7 @@ def find_scores(logits: Tensor, targets: Targets, *, per_target: bool, stats: bo
         score_over_ranks(logits, targets, scores)
         return scores
     shard = flattened_shard(targets.shard)
-    rows, *found = _sharded_scores(logits, *targets[:4], *targets.settings, *shard, per_target, stats)
+    rows, *found = _sharded_scores(logits, *targets.tensors(), *targets.settings, *shard, per_target, stats)
     losses = found.pop(0) if per_target else None
     probabilities = found.pop(0) if targets.settings.token_scaling else None
     return Scores(rows, losses, probabilities, found.pop(0) if stats else None)
