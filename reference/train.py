@@ -131,11 +131,13 @@ class Run:
     Args:
         config: what to run.
         device: where to.
+        deadline: of `time.monotonic`, at which a run on one process stops as when it is asked to.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, device: torch.device, deadline: float = math.inf) -> None:
         self.config = config
         self.device = device
+        self.deadline = deadline
         self.folder = Path(config.output)
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         dataset = load_dataset(config.data, "train", seed=config.seed)
@@ -223,7 +225,7 @@ class Run:
 
     def _has_to_stop(self, termination: Termination, reports: bool) -> bool:
         if self.processes == 1:
-            return termination.is_asked
+            return termination.is_asked or time.monotonic() > self.deadline
         return reports and termination.is_asked_anywhere(self.device)  # all have to save after the same step
 
     def _stop(self, log: Log | None) -> None:
