@@ -25,7 +25,6 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import itertools
-import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +43,7 @@ from reference.log import read_log
 from reference.model import ModelConfig
 from reference.outcomes import Outcome, Results, plot, read_results, report
 from reference.processes import Stopped, only_run_in, process_group
-from reference.sample_scores import SampleScores, score_run
+from reference.sample_scores import SampleObserver
 from reference.score import feature_network
 from reference.train import Run
 
@@ -57,7 +56,7 @@ class Way:
     """One way to train.
 
     ``length`` says what sets the number of steps: ``"steps"``, as many as asked for; ``"operations"``, as many as cost
-    what the first coarse-to-fine way costs; ``"seconds"``, as many as take the time of the slowest coarse-to-fine way.
+    what two levels of ``"steps"`` cost; ``"seconds"``, as many as take the time of the slowest coarse-to-fine way.
     ``rate`` and ``lr`` stand in for those of the comparison.
     """
 
@@ -83,9 +82,10 @@ class Way:
         return replace(config, levels=self.levels, rate=rate, lr=factor * config.lr, end_lr=factor * config.end_lr)
 
 
+TWO_LEVELS = Way("two levels", 2, "steps")
 WAYS = (
     Way("plain", 1, "steps"),
-    Way("two levels", 2, "steps"),
+    TWO_LEVELS,
     Way("three levels", 3, "operations"),
     Way("plain, same operations", 1, "operations"),
     Way("plain, same seconds", 1, "seconds"),
@@ -117,6 +117,7 @@ def steps_of(
         done: what came of earlier ways with the same seed, by name.
     """
     coarse = [other for other in ways if other.levels > 1]
+    budget = next((other for other in coarse if other.length == "steps"), TWO_LEVELS)
     if way.length == "steps":
         return total_steps
     if way.length == "seconds":
@@ -126,7 +127,7 @@ def steps_of(
     def cost(other: Way) -> int:
         return operations(other.schedule(total_steps, config), model)
 
-    return round(total_steps * cost(coarse[0]) / cost(way))
+    return round(total_steps * cost(budget) / cost(way))
 
 
 def compare(
@@ -135,7 +136,7 @@ def compare(
     seeds: Sequence[int],
     device: torch.device,
     *,
-    finish: Callable[[Outcome, Path], None] | None = None,
+    observer: SampleObserver | None = None,
     budget: Budget | None = None,
 ) -> tuple[list[Outcome], dict[tuple[str, int], Path]]:
     """Train every way with every seed, but for what the results say already.
@@ -145,7 +146,7 @@ def compare(
         ways: as `WAYS`: full plain training first, then coarse to fine, then what depends on their seconds.
         seeds: of weights, data order, augmentation and dropout.
         device: where to.
-        finish: what else belongs to a run, called with its outcome and folder before the results have it.
+        observer: scores samples of a run while it trains, and after it, before the results have it.
         budget: seconds; a run that took longer with another seed than is left is not started.
 
     Returns:
@@ -186,9 +187,10 @@ def compare(
         changes: dict[str, Any] = {"seed": seed, "output": str(folders[way.name, seed])}
         # Half a step more: epochs times steps of an epoch is rounded down.
         changes["epochs"] = (steps + 0.5) / steps_per_epoch
-        outcome = train(way, replace(way.changed(config), **changes), device, cost, budget.deadline)
-        if finish is not None:
-            finish(outcome, folders[way.name, seed])
+        watch = None if observer is None else observer.watch
+        outcome = train(way, replace(way.changed(config), **changes), device, cost, budget, watch)
+        if observer is not None:
+            observer.finish(outcome, folders[way.name, seed])
         outcome = replace(outcome, wall_seconds=time.monotonic() - started)
         results.add(outcome)
         error = outcome.curve["error"][-1]
@@ -200,10 +202,18 @@ def compare(
     return results.outcomes, folders
 
 
-def train(way: Way, config: TrainConfig, device: torch.device, cost: float, deadline: float = math.inf) -> Outcome:
+def train(
+    way: Way,
+    config: TrainConfig,
+    device: torch.device,
+    cost: float,
+    budget: Budget,
+    watch: Callable[[Run], None] | None = None,
+) -> Outcome:
     """Train one way with one seed, or what is left of it."""
     with only_run_in(Path(config.output)):
-        run = Run(config, device, deadline)
+        run = Run(config, device)
+        run.deadline, run.watch = budget.deadline, watch
         assert run.test_data is not None
         run.train()
         log = read_log(run.folder / "log.csv")
@@ -261,24 +271,22 @@ def run_comparison(
     *,
     samples: int = 0,
     guidance_scales: Sequence[float] = GUIDANCE_SCALES,
+    over_time: int = 0,
     budget: Budget | None = None,
 ) -> None:
-    """Train every way with every seed, and score its samples where ``samples`` of them are asked for.
+    """Train every way with every seed, and score ``samples`` of each, and ``over_time`` of the first while it trains.
 
     Raises:
         Stopped: the budget, in seconds, is spent.
     """
     budget = budget or Budget(None)
-    finish = None
+    observer = None
     if samples:
-        journal = Journal(Path(config.output) / "samples.jsonl")
-        scores = SampleScores(config.data, samples, feature_network(device))
-
-        def finish(outcome: Outcome, folder: Path) -> None:
-            run = {"way": outcome.way, "seed": outcome.seed}
-            score_run(scores, journal, run, folder, guidance_scales, budget)
-
-    compare(config, ways, seeds, device, finish=finish, budget=budget)
+        folder = Path(config.output)
+        observer = SampleObserver(
+            config.data, feature_network(device), folder, samples, guidance_scales, budget, over_time=over_time
+        )
+    compare(config, ways, seeds, device, observer=observer, budget=budget)
 
 
 def write_report(folder: Path) -> str:

@@ -38,11 +38,9 @@ class Corpus:
 def licence(package: str) -> str:
     """Return what an installed package says of its licence: the field, or else the classifiers."""
     metadata = importlib.metadata.metadata(package)
-    return (
-        metadata.get("License-Expression")
-        or metadata.get("License")
-        or "; ".join(line for line in metadata.get_all("Classifier") or [] if line.startswith("License"))
-    )
+    fields = [metadata[name] for name in ("License-Expression", "License") if name in metadata]
+    classifiers = [line for line in metadata.get_all("Classifier") or [] if line.startswith("License")]
+    return next(filter(None, fields), "; ".join(classifiers))
 
 
 def source_files(package: str) -> dict[str, str]:

@@ -238,7 +238,8 @@ def train(
         stage = schedule.at(number)
         factor = schedule.lr_factor(number, config.warmup_steps, config.decay_ratio, config.end_factor)
         training.lr.fill_(config.lr * factor)
-        length = config.length * (way.longer if stage.patch == way.patch else 1)
+        coarse = number < steps[0]
+        length = config.length * (way.longer if coarse else 1)
         ids = text.batch(config.batch_size, length, generator)
         losses.append(training.run(ids, patch=stage.patch))
         clock.count(new_stage=number == stage.start)
@@ -251,7 +252,7 @@ def train(
             if not math.isfinite(loss):
                 raise FloatingPointError(f"{way.name}, seed {seed}: expected a finite loss, got {loss} at step {done}")
             nats = training.nats_per_byte(text, config.batch_size)
-            row = (done, clock.seconds, tokens, stage.patch, loss, nats)
+            row = (done, clock.seconds, tokens, way.patch if coarse else 1, loss, nats)
             for name, value in zip(curve, row, strict=True):
                 curve[name].append(value)
             losses = []
@@ -273,8 +274,10 @@ def compare(
     corpus = load_corpus(config.vocab_size, config.max_files)
     text = Text(corpus, config, device)
     vocab_size = len(corpus.token_bytes)
-    settings = {"config": asdict(config), "source": corpus.source, "device": device_name(device)}
-    settings["ways"] = [{**asdict(way), "slot_weights": list(way.slot_weights or [])} for way in WAYS]
+    settings = {
+        "config": asdict(config), "source": corpus.source, "device": device_name(device),
+        "ways": [{**asdict(way), "slot_weights": list(way.slot_weights or [])} for way in WAYS],
+    }  # fmt: skip
     header = journal.find(kind="settings")
     if header is None:
         timed = time_steps(config, text, vocab_size, device)

@@ -12,7 +12,7 @@ import numpy as np
 
 from reference.outcomes import COLOURS, plt, spread
 from reference.sample import save_grid
-from reference.sample_scores import KEPT_PER_CLASS
+from reference.sample_scores import KEPT_PER_CLASS, kept_name
 from reference.tokenizer import Tokenizer
 
 Entry = dict[str, Any]
@@ -146,14 +146,14 @@ def picture(entries: Sequence[Entry], folder: Path, tokenizer: Tokenizer, path: 
 
     Args:
         entries: of the journal.
-        folder: where `reference.sample_scores.score_run` kept them.
+        folder: where `reference.sample_scores.SampleObserver` kept them.
         tokenizer: makes images of them.
         path: of the PNG.
     """
     rows = []
     for way, scores in of_runs(entries).items():
         best = best_guidance(scores)
-        name = f"{way.replace(',', '').replace(' ', '-')}-{min(scores[best])}-{best:g}.npy"
+        name = kept_name(way, min(scores[best]), best)
         if (folder / name).exists():
             kept = np.load(folder / name)
             whole = kept[: len(kept) // KEPT_PER_CLASS * KEPT_PER_CLASS]

@@ -14,9 +14,8 @@ images, and of real images among samples, by distances to the third nearest neig
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +28,20 @@ from torch import Tensor, nn
 from reference.checkpoint import load_model
 from reference.codes import TokenDataset, load_dataset, load_tokenizer
 from reference.journal import Budget, Journal
+from reference.model import Transformer
+from reference.outcomes import Outcome
 from reference.processes import Stopped
-from reference.sample import Sampler, save_grid
+from reference.sample import Sampler
 from reference.score import Gaussian, fit_gaussian, frechet_distance, halves, image_features
 from reference.tokenizer import Tokenizer
+from reference.train import Run
 
 NEIGHBOUR = 3  # of precision and recall, as their paper has it (arXiv 1904.06991)
 NEIGHBOURHOOD_IMAGES = 5_000  # distances of all pairs: 10,000 would take four times as long
 SAMPLES_AT_A_TIME = {"cpu": 100, "cuda": 1024}
 FEATURES_AT_A_TIME = {"cpu": 64, "cuda": 256}
 KEPT_PER_CLASS = 8  # tokens of samples that are kept to be looked at
+GUIDANCE_OVER_TIME = 1.5  # of samples while a run trains
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,15 @@ def neighbourhoods(features: Tensor, reference: Tensor) -> dict[str, float]:
     return {name: found[name] for name in ("precision", "recall")}
 
 
+def kept_name(way: str, seed: int, guidance: float) -> str:
+    """Return the name of the file of samples that are kept.
+
+    >>> kept_name("plain, same seconds", 0, 1.5)
+    'plain-same-seconds-0-1.5.npy'
+    """
+    return f"{way.replace(',', '').replace(' ', '-')}-{seed}-{guidance:g}.npy"
+
+
 class SampleScores:
     """Scores samples of one data set.
 
@@ -144,86 +156,110 @@ class SampleScores:
         scores = {"frechet": frechet_distance(fit_gaussian(features), real.fit)}
         return {**scores, **(neighbourhoods(features, real.reference) if self.precision else {})}
 
-    def sample(self, checkpoint: Path, guidance: float, seed: int) -> NDArray[np.integer]:
+    def sample(self, model: Transformer, guidance: float, seed: int) -> NDArray[np.integer]:
         """Sample the classes of the real images: tokens ``[N, H, W]``; the same seed draws the same noise."""
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        model = load_model(checkpoint).to(self.device, dtype)
         batch_size = min(self.number, SAMPLES_AT_A_TIME[self.device.type])
         sampler = Sampler(model, batch_size=batch_size, guidance=guidance)
         tokens = sampler(self.real.labels, torch.Generator(self.device).manual_seed(seed))
         return tokens.cpu().numpy()
 
-    def kept(self) -> NDArray[np.int64]:
-        """Return which samples are kept to be looked at: the first of each class, class by class."""
+    def kept(self, tokens: NDArray[np.integer]) -> NDArray[np.uint16]:
+        """Return the samples that are kept to be looked at: the first of each class, class by class."""
         labels = self.real.labels.numpy()
-        return np.concatenate([np.flatnonzero(labels == label)[:KEPT_PER_CLASS] for label in np.unique(labels)])
+        chosen = [np.flatnonzero(labels == label)[:KEPT_PER_CLASS] for label in np.unique(labels)]
+        return tokens[np.concatenate(chosen)].astype(np.uint16)
 
-    def grid(self, path: Path, tokens: NDArray[np.integer]) -> None:
-        """Write samples that were kept as a PNG, a row for each class."""
-        save_grid(path, self.tokenizer.decode(tokens), columns=KEPT_PER_CLASS)
-
-    @contextmanager
-    def scoring(self) -> Iterator[_Scoring]:
-        """Score beside the sampling: distances take the host's cores while the GPU samples on."""
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            yield _Scoring(self, pool)
+    def score(self, features: Tensor) -> dict[str, float]:
+        """Score features of images beside those of real ones."""
+        return self._score(features, self.real)
 
 
-class _Scoring:
-    def __init__(self, scores: SampleScores, pool: ThreadPoolExecutor) -> None:
-        self._scores, self._pool = scores, pool
-        self._waiting: list[tuple[dict[str, Any], Future[dict[str, float]]]] = []
+class SampleObserver:
+    """Scores samples of the runs of a comparison: of each at its end, of the first seed while it trains too.
 
-    def add(self, entry: dict[str, Any], tokens: NDArray[np.integer]) -> None:
-        # Features are computed here: another thread's work on the GPU would break a capture of a graph.
-        features = self._scores.features(self._scores.tokenizer.decode(tokens))
-        self._waiting.append((entry, self._pool.submit(self._scores._score, features, self._scores.real)))
-
-    def results(self) -> Iterator[dict[str, Any]]:
-        for entry, future in self._waiting:
-            yield {**entry, **future.result()}
-
-
-def score_run(
-    scores: SampleScores,
-    journal: Journal,
-    run: dict[str, Any],
-    checkpoint: Path,
-    guidance_scales: Sequence[float],
-    budget: Budget,
-) -> None:
-    """Score samples of a run at each guidance that the journal does not have yet.
+    ``samples.jsonl`` has a line for each run and guidance, and for the real images; ``over_time.jsonl`` for each point
+    of a run's time; ``samples/`` a few tokens of each.
 
     Args:
-        scores: of the data set.
-        journal: where a line for each guidance goes.
-        run: what tells it from others, as ``{"way": "plain", "seed": 0}``; samples are kept under these names.
-        checkpoint: the folder of the run.
+        spec: the data set.
+        network: from `reference.score.feature_network`.
+        folder: of the comparison.
+        number: samples of each run and guidance.
         guidance_scales: of classifier-free guidance.
-        budget: seconds; none of the scores starts where it is spent.
-
-    Raises:
-        Stopped: the budget is spent, and scores are missing.
+        budget: seconds; no score starts where it is spent.
+        over_time: samples while a run trains, at every second evaluation and `GUIDANCE_OVER_TIME`; 0 for none.
+        precision: precision and recall too, with torch-fidelity.
     """
-    for name, found in scores.real.scores.items():
-        if journal.find(way=name, samples=scores.number) is None:
-            journal.add({"way": name, "samples": scores.number, **found})
-    with scores.scoring() as scoring:
-        for guidance in guidance_scales:
-            wanted = {**run, "guidance": guidance, "samples": scores.number}
-            if journal.find(**wanted) is not None or not budget.allows(0):
-                continue
-            tokens = scores.sample(checkpoint, guidance, seed=run["seed"])
-            name = f"{run['way'].replace(',', '').replace(' ', '-')}-{run['seed']}-{guidance:g}"
-            folder = journal.path.parent / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            np.save(folder / f"{name}.npy", tokens[scores.kept()].astype(np.uint16))
-            scoring.add(wanted, tokens)
-        for entry in scoring.results():
-            journal.add(entry)
-            print(
-                ", ".join(f"{key} {value:.4g}" for key, value in entry.items() if isinstance(value, float)), flush=True
-            )
-    missing = [g for g in guidance_scales if journal.find(**run, guidance=g, samples=scores.number) is None]
-    if missing:
-        raise Stopped
+
+    def __init__(
+        self,
+        spec: str,
+        network: nn.Module,
+        folder: Path,
+        number: int,
+        guidance_scales: Sequence[float],
+        budget: Budget,
+        *,
+        over_time: int = 0,
+        precision: bool = True,
+    ) -> None:
+        self.folder = folder
+        self.guidance_scales = guidance_scales
+        self.budget = budget
+        self.journal = Journal(folder / "samples.jsonl")
+        self.journal_over_time = Journal(folder / "over_time.jsonl")
+        self.scores = SampleScores(spec, number, network, precision=precision)
+        self.scores_over_time = SampleScores(spec, over_time, network, precision=False) if over_time else None
+        self._evaluations = 0
+        self._first_seed: int | None = None
+        for name, found in self.scores.real.scores.items():
+            if self.journal.find(way=name, samples=number) is None:
+                self.journal.add({"way": name, "samples": number, **found})
+
+    def watch(self, run: Run) -> None:
+        """Score samples of a run that trains."""
+        self._first_seed = run.config.seed if self._first_seed is None else self._first_seed
+        self._evaluations += 1
+        is_due = self._evaluations % 2 == 0 and run.step < run.schedule.total_steps
+        if self.scores_over_time is None or run.config.seed != self._first_seed or not is_due:
+            return
+        wanted = {"run": run.folder.name, "step": run.step}
+        if self.journal_over_time.find(**wanted) is None:
+            scores = self.scores_over_time
+            tokens = scores.sample(run.model, GUIDANCE_OVER_TIME, run.config.seed)
+            found = scores.score(scores.features(scores.tokenizer.decode(tokens)))
+            entry = {**wanted, "seconds": run.clock.seconds, "samples": scores.number, **found}
+            self.journal_over_time.add(entry)
+
+    def finish(self, outcome: Outcome, checkpoint: Path) -> None:
+        """Score samples of a run at each guidance that the journal does not have yet.
+
+        Raises:
+            Stopped: the budget is spent, and scores are missing.
+        """
+        run = {"way": outcome.way, "seed": outcome.seed, "samples": self.scores.number}
+        missing = [g for g in self.guidance_scales if self.journal.find(**run, guidance=g) is None]
+        if not missing:
+            return
+        dtype = torch.bfloat16 if self.scores.device.type == "cuda" else torch.float32
+        model = load_model(checkpoint).to(self.scores.device, dtype)
+        folder = self.folder / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        # Distances take the host's cores while the GPU samples on. Features are computed in this thread: another's work
+        # on the GPU would break the capture of a graph.
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            waiting = []
+            for guidance in missing:
+                if not self.budget.allows(0):
+                    break
+                tokens = self.scores.sample(model, guidance, outcome.seed)
+                np.save(folder / kept_name(outcome.way, outcome.seed, guidance), self.scores.kept(tokens))
+                features = self.scores.features(self.scores.tokenizer.decode(tokens))
+                waiting.append(({**run, "guidance": guidance}, pool.submit(self.scores.score, features)))
+            for entry, future in waiting:
+                found = future.result()
+                self.journal.add({**entry, **found})
+                figures = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+                print(f"{outcome.way}, seed {outcome.seed}, guidance {entry['guidance']:g}: {figures}", flush=True)
+        if len(waiting) < len(missing):
+            raise Stopped

@@ -23,7 +23,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -131,13 +131,16 @@ class Run:
     Args:
         config: what to run.
         device: where to.
-        deadline: of `time.monotonic`, at which a run on one process stops as when it is asked to.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device, deadline: float = math.inf) -> None:
+    # What may be set before it trains: a time of `time.monotonic` at which a run on one process stops as when it is
+    # asked to, and what is called after each evaluation, in a time that does not count as training.
+    deadline = math.inf
+    watch: Callable[[Run], None] | None = None
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config = config
         self.device = device
-        self.deadline = deadline
         self.folder = Path(config.output)
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         dataset = load_dataset(config.data, "train", seed=config.seed)
@@ -217,6 +220,8 @@ class Run:
         score = self._evaluate() if self._evaluates_now() and self.rank == 0 else (None, None, None)
         if log is not None:
             log.write(self._row(stage, lr, progress, speed, score))
+        if self.watch is not None and self._evaluates_now():
+            self.watch(self)
         bar.set_description(f"patch {stage.patch} ({stage.index + 1}/{len(self.schedule.stages)})")
         bar.set_postfix_str(f"loss {progress.loss:.3f}, {speed:.0f} images/s, {self._time_left(stage, speed)} left")
         if self._saves_now(stage):
