@@ -284,7 +284,14 @@ def run_comparison(
     if samples:
         folder = Path(config.output)
         observer = SampleObserver(
-            config.data, feature_network(device), folder, samples, guidance_scales, budget, over_time=over_time
+            config.data,
+            feature_network(device),
+            folder,
+            samples,
+            guidance_scales,
+            budget,
+            watched_seed=seeds[0],
+            over_time=over_time,
         )
     compare(config, ways, seeds, device, observer=observer, budget=budget)
 

@@ -22,7 +22,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,10 @@ class LanguageConfig:
     max_files: int | None = None
 
 
-TINY = {
-    "vocab_size": 300, "length": 64, "batch_size": 4, "hidden_size": 64, "num_layers": 2, "num_heads": 2,
-    "warmup_steps": 5, "seconds": 4.0, "held_out_examples": 16, "max_files": 40,
-}  # fmt: skip
+TINY = LanguageConfig(
+    vocab_size=300, length=64, batch_size=4, hidden_size=64, num_layers=2, num_heads=2, warmup_steps=5, seconds=4.0,
+    held_out_examples=16, max_files=40,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -319,15 +319,15 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[LanguageConfig, argpa
     parser.add_argument("--output", type=Path, default=Path("runs/language"), help="folder of the results")
     parser.add_argument("--seeds", default="0,1,2", help="with commas")
     parser.add_argument("--seconds", type=float, help="of training, of each run; 40, or 4 with --tiny")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, help="peak learning rate; 0.001")
     parser.add_argument("--vocab-size", type=int, help="of the BPE; 256 for bytes; 4096, or 300 with --tiny")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on little text, for a look on a CPU")
     parser.add_argument("--budget", type=float, help="seconds after which to stop; the same command goes on")
     parser.add_argument("--report", action="store_true", help="make report and plot of what is there; train nothing")
     options = parser.parse_args(arguments)
-    changes: dict[str, Any] = {**(TINY if options.tiny else {}), "lr": options.lr}
-    changes |= {n: v for n, v in (("seconds", options.seconds), ("vocab_size", options.vocab_size)) if v is not None}
-    return LanguageConfig(**changes), options
+    given = {"lr": options.lr, "seconds": options.seconds, "vocab_size": options.vocab_size}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return replace(TINY if options.tiny else LanguageConfig(), **changes), options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

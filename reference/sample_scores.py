@@ -175,7 +175,7 @@ class SampleScores:
 
 
 class SampleObserver:
-    """Scores samples of the runs of a comparison: of each at its end, of the first seed while it trains too.
+    """Scores samples of the runs of a comparison: of each at its end, of one seed while it trains too.
 
     ``samples.jsonl`` has a line for each run and guidance, and for the real images; ``over_time.jsonl`` for each point
     of a run's time; ``samples/`` a few tokens of each.
@@ -187,6 +187,7 @@ class SampleObserver:
         number: samples of each run and guidance.
         guidance_scales: of classifier-free guidance.
         budget: seconds; no score starts where it is spent.
+        watched_seed: whose runs are looked at closely: samples are kept, and scored while they train.
         over_time: samples while a run trains, at every second evaluation and `GUIDANCE_OVER_TIME`; 0 for none.
         precision: precision and recall too, with torch-fidelity.
     """
@@ -200,6 +201,7 @@ class SampleObserver:
         guidance_scales: Sequence[float],
         budget: Budget,
         *,
+        watched_seed: int | None = None,
         over_time: int = 0,
         precision: bool = True,
     ) -> None:
@@ -211,17 +213,16 @@ class SampleObserver:
         self.scores = SampleScores(spec, number, network, precision=precision)
         self.scores_over_time = SampleScores(spec, over_time, network, precision=False) if over_time else None
         self._evaluations = 0
-        self._first_seed: int | None = None
+        self._watched_seed = watched_seed
         for name, found in self.scores.real.scores.items():
             if self.journal.find(way=name, samples=number) is None:
                 self.journal.add({"way": name, "samples": number, **found})
 
     def watch(self, run: Run) -> None:
         """Score samples of a run that trains."""
-        self._first_seed = run.config.seed if self._first_seed is None else self._first_seed
         self._evaluations += 1
         is_due = self._evaluations % 2 == 0 and run.step < run.schedule.total_steps
-        if self.scores_over_time is None or run.config.seed != self._first_seed or not is_due:
+        if self.scores_over_time is None or run.config.seed != self._watched_seed or not is_due:
             return
         wanted = {"run": run.folder.name, "step": run.step}
         if self.journal_over_time.find(**wanted) is None:
@@ -253,7 +254,8 @@ class SampleObserver:
                 if not self.budget.allows(0):
                     break
                 tokens = self.scores.sample(model, guidance, outcome.seed)
-                np.save(folder / kept_name(outcome.way, outcome.seed, guidance), self.scores.kept(tokens))
+                if outcome.seed == self._watched_seed:
+                    np.save(folder / kept_name(outcome.way, outcome.seed, guidance), self.scores.kept(tokens))
                 features = self.scores.features(self.scores.tokenizer.decode(tokens))
                 waiting.append(({**run, "guidance": guidance}, pool.submit(self.scores.score, features)))
             for entry, future in waiting:
