@@ -48,7 +48,7 @@ from reference.score import feature_network
 from reference.train import Run
 
 EVALUATIONS = 12  # points of the curve of full plain training
-GUIDANCE_SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)  # of samples
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0)  # of samples
 
 
 @dataclass(frozen=True)

@@ -52,31 +52,30 @@ class Part:
 
     def tiny(self) -> Part:
         """Return the same on a model and a length that a CPU takes in seconds, to see that it runs."""
-        config = replace(PRESETS["tiny"], batch_size=20, epochs=2.0, warmup_epochs=0.1, evaluate_every=4)
+        config = replace(PRESETS["tiny"], batch_size=20, epochs=2.0, warmup_epochs=0.1, evaluate_every=1)
         samples, over_time = min(self.samples, 20), min(self.over_time, 10)
         return replace(self, config=config, seeds=self.seeds[:2], samples=samples, over_time=over_time)
 
 
-S = replace(PRESETS["S"], epochs=14.0)
+S = replace(PRESETS["S"], epochs=14.0, evaluate_every=500)
+S_AT_THE_END = replace(S, evaluate_every=100_000)  # scored once, for where the curve is of no interest
 PARTS = {
-    "cifar10": Part(
-        "CIFAR-10, 5 million parameters", "npz_mirrored:cifar10_tokens.npz", S, samples=10_000
-    ),
+    "cifar10": Part("CIFAR-10, 5 million parameters", "npz_mirrored:cifar10_tokens.npz", S, samples=10_000),
     "fashion_mnist": Part(
         "Fashion-MNIST, 5 million parameters", "npz_mirrored:fashion_60k.npz", replace(S, epochs=12.0), samples=10_000
     ),
     "overfit": Part(
         "CIFAR-10, 20,000 images, 15 million parameters, to overfitting", "npz:cifar10_20k.npz",
-        replace(PRESETS["M"], epochs=24.0), THREE_WAYS, samples=10_000, guidance_scales=(1.0, 1.5), over_time=5_000,
+        replace(PRESETS["M"], epochs=24.0), THREE_WAYS, samples=10_000, guidance_scales=(1.5,), over_time=5_000,
     ),
     "largest": Part(
         "CIFAR-10, 86 million parameters", "npz_mirrored:cifar10_tokens.npz",
         replace(PRESETS["B"], epochs=10.0, lr=6e-4, end_lr=6e-5, warmup_epochs=0.5), THREE_WAYS, seeds=(0,),
-        samples=10_000, guidance_scales=(1.0, 1.5), over_time=2_500,
+        samples=10_000, guidance_scales=(1.5,), over_time=2_500,
     ),
     "share": Part(
         "How much of the run is coarse, and how many levels: CIFAR-10, equal operations",
-        "npz_mirrored:cifar10_tokens.npz", S,
+        "npz_mirrored:cifar10_tokens.npz", S_AT_THE_END,
         (
             Way("two levels, coarse 0.25", 2, "operations", rate=0.25),
             Way("two levels, coarse 0.75", 2, "operations", rate=0.75),
@@ -84,7 +83,7 @@ PARTS = {
         ),
     ),
     "learning_rates": Part(
-        "Learning rates: CIFAR-10, equal operations", "npz_mirrored:cifar10_tokens.npz", S,
+        "Learning rates: CIFAR-10, equal operations", "npz_mirrored:cifar10_tokens.npz", S_AT_THE_END,
         tuple(
             Way(f"{name}, rate {lr:g}", levels, "operations", lr=lr)
             for name, levels in (("plain", 1), ("two levels", 2), ("three levels", 3)) for lr in PEAK_RATES

@@ -68,15 +68,18 @@ def plot(folder: Path, path: Path) -> None:
                 [statistics.mean(p) for p in zip(*(c[key] for c in curves), strict=True)] for key in (along, "nats")
             ]
             axes.plot(*mean, marker="o", markersize=3, color=colour, label=f"{name}: {mean[1][-1]:.4f}")
+            coarse = [value for value, patch in zip(x, curves[0]["patch"], strict=True) if patch > 1]
+            if coarse:
+                axes.axvline(coarse[-1], color=colour, linewidth=0.8, linestyle=":")
             for curve in curves if len(curves) > 1 else []:
                 axes.plot(curve[along], curve["nats"], color=colour, linewidth=0.6, alpha=0.5)
         axes.set_xlabel(f"{label} ({header['device']})")
         axes.spines[["top", "right"]].set_visible(False)
     finals = [run["curve"]["nats"][-1] for by_seed in runs.values() for run in by_seed.values()]
     for axes in panels:
-        axes.set_ylim(0.95 * min(finals), 1.6 * max(finals))
+        axes.set_ylim(0.95 * min(finals), 1.4 * max(finals))
     panels[0].set_ylabel("held-out nats per byte, single tokens")
-    panels[0].legend(frameon=False)
+    panels[0].legend(frameon=False, title="dotted: single tokens begin", title_fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -49,16 +49,17 @@ def table(entries: Sequence[Entry]) -> str:
     """Return Fréchet distances over guidance, with precision and recall at the best, as a Markdown table."""
     ways = of_runs(entries)
     scales = sorted({guidance for scores in ways.values() for guidance in scores})
-    heads = ["Fréchet distance", *(f"guidance {guidance:g}" for guidance in scales), "best", "precision", "recall"]
+    names = [name for name in ("precision", "recall") if any(name in entry for entry in entries)]
+    heads = ["Fréchet distance", *(f"guidance {guidance:g}" for guidance in scales), "best", *names]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for way, scores in ways.items():
         best = best_guidance(scores)
         cells = [spread(values(scores[g].values(), "frechet"), 2) if g in scores else "" for g in scales]
         of_best = list(scores[best].values())
-        shares = [spread(values(of_best, name), 3) if name in of_best[0] else "" for name in ("precision", "recall")]
+        shares = [spread(values(of_best, name), 3) if name in of_best[0] else "" for name in names]
         lines.append(f"| {' | '.join([way, *cells, f'{best:g}', *shares])} |")
     for name, entry in of_real_images(entries).items():
-        shares = [f"{entry[key]:.3f}" if key in entry else "" for key in ("precision", "recall")]
+        shares = [f"{entry[key]:.3f}" if key in entry else "" for key in names]
         blank = [""] * (len(scales) - 1)
         cells = [name, f"{entry['frechet']:.2f}", *blank, "", *shares]
         lines.append(f"| {' | '.join(cells)} |")

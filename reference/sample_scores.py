@@ -190,6 +190,9 @@ class SampleObserver:
         watched_seed: whose runs are looked at closely: samples are kept, and scored while they train.
         over_time: samples while a run trains, at every second evaluation and `GUIDANCE_OVER_TIME`; 0 for none.
         precision: precision and recall too, with torch-fidelity.
+
+    Raises:
+        ValueError: the folder has scores of other numbers of samples.
     """
 
     def __init__(
@@ -209,6 +212,12 @@ class SampleObserver:
         self.guidance_scales = guidance_scales
         self.budget = budget
         self.journal = Journal(folder / "samples.jsonl")
+        for entry in self.journal.entries:
+            if entry["samples"] != number:
+                raise ValueError(
+                    f"samples: expected {entry['samples']}, as in {self.journal.path}, got {number}: distances of other "
+                    "numbers of images cannot be compared; choose another --output"
+                )
         self.journal_over_time = Journal(folder / "over_time.jsonl")
         self.scores = SampleScores(spec, number, network, precision=precision)
         self.scores_over_time = SampleScores(spec, over_time, network, precision=False) if over_time else None
