@@ -73,10 +73,10 @@ def distances(folder: Path) -> str:
             "scores samples of a new `--output`."
         )
     return (
-        f"{sample_report.table(entries)}\n\nOf {entries[0]['samples']} images each, features of EfficientNet-Lite0: not "
-        "FID, and so few images that the distance is mostly that of two random sets: compare with real to real, which is "
-        "what a perfect model would get. It is right for telling a model that has learnt nothing from one that has, not "
-        "for telling these ways apart."
+        f"{sample_report.table(entries)}\n\n"
+        f"Of {entries[0]['samples']} images each, features of EfficientNet-Lite0: not FID, and so few images that the "
+        "distance is mostly that of two random sets: compare with real to real, which is what a perfect model would "
+        "get. It tells a model that has learnt nothing from one that has; it does not tell these ways apart."
     )
 
 
@@ -154,9 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_samples(folders[name, config.seed], config, options.output / file)
     text = summary(config, outcomes, samples)
     (options.output / "summary.md").write_text(text, encoding="utf-8")
-    print(
-        f"\n{table(outcomes)}\n\n{distances(options.output)}\n\nwritten: summary.md, nll.png, results.json and samples in {options.output}"
-    )
+    print(f"\n{table(outcomes)}\n\n{distances(options.output)}\n")
+    print(f"written: summary.md, nll.png, results.json and samples in {options.output}")
 
 
 if __name__ == "__main__":

@@ -64,10 +64,9 @@ def plot(folder: Path, path: Path) -> None:
     for axes, along, label in zip(panels, ("seconds", "tokens"), ("seconds of training", "tokens read"), strict=True):
         for (name, by_seed), colour in zip(runs.items(), COLOURS, strict=False):
             curves = [run["curve"] for run in by_seed.values()]
-            mean = [
-                [statistics.mean(p) for p in zip(*(c[key] for c in curves), strict=True)] for key in (along, "nats")
-            ]
-            axes.plot(*mean, marker="o", markersize=3, color=colour, label=f"{name}: {mean[1][-1]:.4f}")
+            columns = (zip(*(curve[key] for curve in curves), strict=True) for key in (along, "nats"))
+            x, y = ([statistics.mean(point) for point in column] for column in columns)
+            axes.plot(x, y, marker="o", markersize=3, color=colour, label=f"{name}: {y[-1]:.4f}")
             coarse = [value for value, patch in zip(x, curves[0]["patch"], strict=True) if patch > 1]
             if coarse:
                 axes.axvline(coarse[-1], color=colour, linewidth=0.8, linestyle=":")

@@ -215,8 +215,8 @@ class SampleObserver:
         for entry in self.journal.entries:
             if entry["samples"] != number:
                 raise ValueError(
-                    f"samples: expected {entry['samples']}, as in {self.journal.path}, got {number}: distances of other "
-                    "numbers of images cannot be compared; choose another --output"
+                    f"samples: expected {entry['samples']}, as in {self.journal.path}, got {number}: distances of "
+                    "other numbers of images cannot be compared; choose another --output"
                 )
         self.journal_over_time = Journal(folder / "over_time.jsonl")
         self.scores = SampleScores(spec, number, network, precision=precision)
