@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-LICENCES = {"torch": "BSD-3-Clause", "sympy": "BSD", "networkx": "BSD-3-Clause"}
+LICENCES = {"torch": "BSD", "sympy": "BSD", "networkx": "BSD"}  # all three clauses, read in their files
 HELD_OUT_EVERY = 50  # files, by a hash of their names
 FITTED_BYTES = 8_000_000  # of the training files: enough for a few thousand merges
 
