@@ -25,7 +25,7 @@ def test_sources_are_under_the_licences_that_were_checked(monkeypatch):
     files = source_files("networkx")
     assert "def shortest_path(" in files["networkx/algorithms/shortest_paths/generic.py"]
     monkeypatch.setitem(corpus.LICENCES, "networkx", "GPL")
-    with pytest.raises(ValueError, match="networkx: expected a licence of GPL, got '.*BSD"):
+    with pytest.raises(ValueError, match=r"networkx: expected a licence of GPL, got '.*BSD"):
         source_files("networkx")
 
 
@@ -45,10 +45,13 @@ def test_one_file_in_fifty_is_held_out():
     assert 5 < sum(is_held_out(f"torch/{number}.py") for number in range(1000)) < 40
 
 
+SOURCE = {"packages": {"torch": "2"}, "files": 9, "bytes": 4000, "held_out_bytes": 1500, "vocab_size": 7}
+
+
 def small_corpus():
     generator = np.random.default_rng(0)
     tokens = (generator.integers(0, 2, 3000).cumsum() % 7).astype(np.uint16)
-    return Corpus(tokens[:2000], tokens[2000:], np.array([1, 2, 1, 3, 1, 1, 2]), {"vocab_size": 7, "packages": {}})
+    return Corpus(tokens[:2000], tokens[2000:], np.array([1, 2, 1, 3, 1, 1, 2]), SOURCE)
 
 
 @pytest.fixture
@@ -93,6 +96,8 @@ def test_ways_take_the_seconds_that_they_are_given():
 
 def test_a_comparison_goes_on_where_it_stopped(tmp_path, llama, monkeypatch, capsys):
     monkeypatch.setattr(language, "load_corpus", lambda *_: small_corpus())
+    timed = {"plain": [0.01], "PatchTrain": [0.01, 0.004], "TST": [0.01, 0.01]}
+    monkeypatch.setattr(language, "time_steps", lambda *_: timed)
     config = replace(TINY, length=16, seconds=0.3, held_out_examples=5, warmup_steps=2)
     language.compare(config, [0], tmp_path, CPU)
     lines = (tmp_path / "language.jsonl").read_text().splitlines()
@@ -112,14 +117,21 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path, llama, monkeypatch, cap
     assert after[:4] == lines
     assert len(after) == 7
     report = language_report.write_report(tmp_path)
-    ends = {
-        (run["way"], run["seed"]): run["curve"]["nats"][-1] for run in Journal(tmp_path / "language.jsonl").entries[1:]
-    }
+    entries = Journal(tmp_path / "language.jsonl").entries[1:]
+    ends = {(run["way"], run["seed"]): run["curve"]["nats"][-1] for run in entries}
     first, second = (ends["TST", seed] - ends["plain", seed] for seed in (0, 1))
     assert f"- TST minus plain: {(first + second) / 2:+.4f} ± {abs(first - second) / 2:.4f} nats per byte" in report
     assert (tmp_path / "language.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"config: expected .*'lr': 0\.001.*, got .*'lr': 0\.1"):
         language.compare(replace(config, lr=0.1), [0], tmp_path, CPU)
+
+
+def test_steps_are_timed(llama, monkeypatch):
+    monkeypatch.setattr(language, "TIMED_STEPS", 2)
+    config = replace(TINY, length=16, held_out_examples=5)
+    found = language.time_steps(config, Text(small_corpus(), config, CPU), 7, CPU)
+    assert {name: len(seconds) for name, seconds in found.items()} == {"plain": 1, "PatchTrain": 2, "TST": 2}
+    assert all(0 < value < 5 for seconds in found.values() for value in seconds)
 
 
 def test_a_loss_that_is_not_finite_ends_a_run(tmp_path, llama):
