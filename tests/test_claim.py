@@ -191,7 +191,7 @@ def test_runs_share_what_is_compiled_and_capture_their_own(tmp_path):
 def test_first_run_leaves_a_curve_samples_and_a_summary(tmp_path, monkeypatch):
     monkeypatch.setattr(claim, "EVALUATIONS", 1)
     monkeypatch.setattr(first_run, "SAMPLES_PER_CLASS", 1)
-    monkeypatch.setattr(first_run, "feature_network", lambda device: MeanColour())
+    monkeypatch.setattr(first_run, "feature_network", MeanColour().to)
     arguments = ["--model", "tiny", "--epochs", "0.1", "--samples", "10", "--output", str(tmp_path)]
     first_run.main(arguments)
     names = ("plain", "coarse-to-fine", "plain-same-operations")

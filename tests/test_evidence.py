@@ -158,7 +158,7 @@ def test_precision_and_recall_by_hand():
 def few(monkeypatch):
     """A feature network of three features, and precision and recall left out, which need an optional package."""
     network = MeanColour()
-    monkeypatch.setattr("reference.claim.feature_network", lambda device: network)
+    monkeypatch.setattr("reference.claim.feature_network", network.to)
     monkeypatch.setattr(sample_scores, "neighbourhoods", lambda features, reference: {})
     return network
 

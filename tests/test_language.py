@@ -138,3 +138,20 @@ def test_a_loss_that_is_not_finite_ends_a_run(tmp_path, llama):
     text = Text(small_corpus(), replace(TINY, length=16, held_out_examples=5), CPU)
     with pytest.raises(FloatingPointError, match="plain, seed 0: expected a finite loss, got nan at step "):
         language.train(WAYS[0], (0, 20), replace(TINY, length=16, lr=1e9, warmup_steps=0), text, 7, 0)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_step_is_a_graph_and_trains_what_it_trains_without(tmp_path, llama, monkeypatch):
+    monkeypatch.setattr(language, "load_corpus", lambda *_: small_corpus())
+    config = replace(TINY, length=64, batch_size=8, seconds=0.5, held_out_examples=5)
+    language.compare(config, [0], tmp_path, torch.device("cuda"))
+    for run in Journal(tmp_path / "language.jsonl").entries[1:]:
+        assert run["curve"]["nats"][-1] < run["curve"]["nats"][0]
+        assert sum(run["steps"]) > 20
+        assert run["setup_seconds"] > 0
+    found = []
+    for device in (CPU, torch.device("cuda")):
+        text = Text(small_corpus(), config, device)
+        text.batch = lambda size, length, _, text=text: text.train[: size * length].view(size, length)
+        found.append(language.train(WAYS[1], (20, 20), config, text, 7, 0)["curve"]["nats"])
+    assert found[1] == pytest.approx(found[0], rel=0.03)  # bfloat16 beside fp32
