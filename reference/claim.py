@@ -311,9 +311,10 @@ def write_report(folder: Path) -> str:
 def samples_section(folder: Path, data: str, entries: list[dict[str, Any]], outcomes: Sequence[Outcome]) -> str:
     """Draw what samples scored, and return it as Markdown."""
     sample_report.plot(entries, folder / "samples.png")
-    tokenizer = load_tokenizer(data)
-    assert tokenizer is not None, "samples were scored as images"
-    sample_report.picture(entries, folder / "samples", tokenizer, folder / "grid.png")
+    if (folder / "samples").exists():  # figures that were kept for a page have their picture, and not the samples
+        tokenizer = load_tokenizer(data)
+        assert tokenizer is not None, "samples were scored as images"
+        sample_report.picture(entries, folder / "samples", tokenizer, folder / "grid.png")
     levels = {outcome.way: outcome.levels for outcome in outcomes}
     coarse, plain = ([way for way in levels if (levels[way] > 1) == is_coarse] for is_coarse in (True, False))
     return "\n".join(

@@ -289,6 +289,14 @@ def test_parts_run_stop_and_are_reported(tmp_path, few, capsys):
     assert "| three levels, rate 0.002 |" in (out / "learning_rates" / "report.md").read_text()
     outcomes = (out / "outcomes.md").read_text()
     assert "| overfit | frechet, guidance 1.5 | two levels minus plain | -1 to +1.5 |" in outcomes
+    # Figures alone, without samples and data, are what a page keeps.
+    kept = tmp_path / "kept" / "overfit"
+    kept.mkdir(parents=True)
+    for name in ("results.json", "samples.jsonl", "over_time.jsonl"):
+        (kept / name).write_bytes((out / "overfit" / name).read_bytes())
+    (data / "cifar10_20k.npz").unlink()
+    evidence.main(["--report", "--output", str(tmp_path / "kept")])
+    assert (kept / "report.md").read_text() == report
     with pytest.raises(SystemExit):
         evidence.main(["sifar"])
     assert "parts: expected of cifar10, " in capsys.readouterr().err
