@@ -71,8 +71,8 @@ PARTS = {
     ),
     "largest": Part(
         "CIFAR-10, 86 million parameters", "npz_mirrored:cifar10_tokens.npz",
-        replace(PRESETS["B"], epochs=10.0, lr=6e-4, end_lr=6e-5, warmup_epochs=0.5), THREE_WAYS, seeds=(0,),
-        samples=10_000, guidance_scales=(1.5,), over_time=2_500,
+        replace(PRESETS["B"], epochs=7.0, lr=6e-4, end_lr=6e-5, warmup_epochs=0.5, evaluate_every=195), THREE_WAYS,
+        seeds=(0,), samples=10_000, guidance_scales=(1.5,), over_time=2_500,
     ),
     "share": Part(
         "How much of the run is coarse, and how many levels: CIFAR-10, equal operations",
