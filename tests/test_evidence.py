@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from reference import evidence, evidence_report, journal, sample_report, sample_scores
+from reference import claim, evidence, evidence_report, journal, sample_report, sample_scores
 from reference.checkpoint import load_model
 from reference.claim import WAYS, Way, compare, steps_of
 from reference.codes import load_dataset, load_tokenizer
@@ -93,6 +93,19 @@ def test_a_comparison_leaves_what_does_not_fit(tmp_path):
     with pytest.raises(Stopped):
         compare(config, WAYS[:2], [0, 1], CPU, budget=Budget(outcomes[0].wall_seconds / 2))
     assert len(compare(config, WAYS[:2], [0], CPU)[0]) == 2
+
+
+def test_the_command_stops_at_its_budget_and_reports_what_is_there(tmp_path, capsys):
+    small_data(tmp_path / "tokens.npz")
+    fixed = ["--model", "tiny", "--data", f"npz:{tmp_path}/tokens.npz", "--batch-size", "6", "--epochs", "1"]
+    arguments = [*fixed, "--seeds", "0", "--output", str(tmp_path / "out")]
+    with pytest.raises(Stopped):
+        claim.main([*arguments, "--budget", "0"])
+    assert not (tmp_path / "out" / "report.md").exists()
+    claim.main(arguments)
+    with pytest.raises(Stopped):
+        claim.main([*arguments, "--seeds", "0,1", "--budget", "0"])
+    assert "Seeds: 0. Scored" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_shares_and_levels_cost_what_two_levels_cost():
