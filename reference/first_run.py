@@ -74,9 +74,9 @@ def distances(folder: Path) -> str:
         )
     return (
         f"{sample_report.table(entries)}\n\n"
-        f"Of {entries[0]['samples']} images each, features of EfficientNet-Lite0: not FID, and so few images that the "
-        "distance is mostly that of two random sets: compare with real to real, which is what a perfect model would "
-        "get. It tells a model that has learnt nothing from one that has; it does not tell these ways apart."
+        f"Of {entries[0]['samples']} images each, features of EfficientNet-Lite0: not FID, and of so few that real "
+        "images too are far from each other: compare with real to real, which is what a perfect model would get. It "
+        "tells a model that has learnt nothing from one that has; it does not tell these ways apart."
     )
 
 
