@@ -50,23 +50,19 @@ def table(entries: Sequence[Entry]) -> str:
     ways = of_runs(entries)
     scales = sorted({guidance for scores in ways.values() for guidance in scores})
     names = [name for name in ("precision", "recall") if any(name in entry for entry in entries)]
-    heads = [
-        "Fréchet distance",
-        *(f"guidance {guidance:g}" for guidance in scales),
-        *["best"][: len(scales) - 1],
-        *names,
-    ]
+    several = len(scales) > 1  # or there is no best one to name
+    heads = ["Fréchet distance", *(f"guidance {g:g}" for g in scales), *(["best"] if several else []), *names]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for way, scores in ways.items():
         best = best_guidance(scores)
         cells = [spread(values(scores[g].values(), "frechet"), 2) if g in scores else "" for g in scales]
         of_best = list(scores[best].values())
         shares = [spread(values(of_best, name), 3) if name in of_best[0] else "" for name in names]
-        chosen = [f"{best:g}"][: len(scales) - 1]  # of one guidance nothing is chosen
+        chosen = [f"{best:g}"] if several else []
         lines.append(f"| {' | '.join([way, *cells, *chosen, *shares])} |")
     for name, entry in of_real_images(entries).items():
         shares = [f"{entry[key]:.3f}" if key in entry else "" for key in names]
-        blank = [""] * (len(scales) - 1 + len(heads) - len(scales) - len(names) - 1)
+        blank = [""] * (len(heads) - 2 - len(names))
         cells = [name, f"{entry['frechet']:.2f}", *blank, *shares]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -240,6 +240,9 @@ def test_tables_of_samples():
     assert lines[0] == "| Fréchet distance | guidance 1 | guidance 2 | best | precision | recall |"
     assert "| plain | 5.05 ± 0.07 | 4.05 ± 0.07 | 2 | 0.500 ± 0.000 | 0.250 ± 0.000 |" in lines
     assert lines[-1] == "| real to real | 1.00 |  |  | 0.750 | 0.750 |"
+    one_scale = [entry for entry in ENTRIES if entry.get("guidance") != 1.0]
+    assert sample_report.table(one_scale).splitlines()[0] == "| Fréchet distance | guidance 2 | precision | recall |"
+    assert sample_report.table(one_scale).splitlines()[-1] == "| real to real | 1.00 | 0.750 | 0.750 |"
     ways = of_runs(ENTRIES)
     assert (best_guidance(ways["plain"]), best_guidance(ways["two levels"])) == (2.0, 1.0)
     assert paired(ways, "two levels", "plain", 1.0) == pytest.approx([-0.5, -0.5])
