@@ -160,7 +160,8 @@ class Training:
             num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
             max_position_embeddings=config.length, tie_word_embeddings=False,
         )  # fmt: skip
-        self.model: Any = LlamaForCausalLM(llama).to(device).train()
+        model: Any = LlamaForCausalLM(llama)
+        self.model = model.to(device).train()
         self.patched = apply(self.model, 1, normalize="slot", slot_weights=way.slot_weights)
         on_gpu = device.type == "cuda"
         self.lr = torch.tensor(config.lr, device=device)
