@@ -22,6 +22,7 @@ import npp_kernels
 from npp_kernels.integrations.transformers import apply
 
 WARM_UP, ROUNDS = 15, 20
+MODES = ["eager", "layers compiled", "StepGraph", "layers compiled, StepGraph"]
 
 
 def make_model(small: bool, device: str) -> Any:
@@ -59,7 +60,7 @@ def make_step(model: Any, patched: Any, graph: bool) -> Callable[..., torch.Tens
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return npp_kernels.StepGraph(step, optimizers=optimizer) if graph else step  # type: ignore[attr-defined]
+    return npp_kernels.StepGraph(step, optimizers=optimizer) if graph else step
 
 
 def clock(steps: Mapping[str, Callable[..., Any]], cuda: bool) -> dict[str, list[float]]:
@@ -98,10 +99,10 @@ def measure(mode: str, small: bool, device: str) -> list[dict[str, Any]]:
     for form, patch in (("own loss", 1), ("patched", 1), ("patched", 4)):
         model = make_model(small, device)
         patched = None if form == "own loss" else apply(model, patch)
-        if mode == "layers compiled":
+        if mode.startswith("layers compiled"):
             for layer in model.model.layers:
                 layer.compile(dynamic=False)
-        step = make_step(model, patched, graph=mode == "StepGraph")
+        step = make_step(model, patched, graph=mode.endswith("StepGraph"))
         ids = torch.randint(model.config.vocab_size, (batch, length), device=device)
         steps[f"{form}, patch {patch}"] = lambda step=step, ids=ids, patch=patch: step(ids, patch=patch)
     times = clock(steps, cuda)
@@ -125,14 +126,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", help="a file for the records, in JSON")
     parser.add_argument("--small", action="store_true", help="a tiny model, for a look on a CPU")
-    parser.add_argument("--modes", nargs="*", help="eager, 'layers compiled', StepGraph; all that there are")
+    parser.add_argument("--modes", nargs="*", help=f"one or more of {MODES}; default: all")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.small:
         parser.error("expected a GPU; --small runs a tiny model on the CPU")
-    modes = options.modes or ["eager", "layers compiled"]
-    if not options.modes and hasattr(npp_kernels, "StepGraph"):
-        modes.append("StepGraph")
+    modes = options.modes or MODES
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     records = []
     for mode in modes:
@@ -141,12 +140,12 @@ def main() -> int:
             measured = measure(mode, options.small, device)
         except Exception as error:  # written down, and the other modes go on
             records.append({"device": name, "mode": mode, "error": repr(error)})
-            print(f"{mode:16} failed: {error!r}", flush=True)
+            print(f"{mode:26} failed: {error!r}", flush=True)
             continue
         for record in measured:
             records.append({"device": name, **record})
             memory = "" if record["peak_gib"] is None else f"{record['peak_gib']:7.2f} GiB"
-            print(f"{mode:16} {record['form']:18} {record['ms']:8.2f} ms{memory}", flush=True)
+            print(f"{mode:26} {record['form']:18} {record['ms']:8.2f} ms{memory}", flush=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     text = json.dumps({**versions, "parameters": sum(p.numel() for p in make_model(options.small, "cpu").parameters()),
                        "records": records}, indent=1)  # fmt: skip
