@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from npp_kernels._dispatch import TRITON_OVERLAPS
 from npp_kernels.embeddings import segments
-from npp_kernels.embeddings.group_mean import (
+from npp_kernels.embeddings.mean_kernels import (
     CHUNK_SIZE,
     FREQUENT_HIDDEN,
     FREQUENT_ROWS,
