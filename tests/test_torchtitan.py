@@ -17,7 +17,7 @@ from torch import nn
 pytest.importorskip("torchtitan", reason="needs torchtitan, of the extra 'integrations', and Python 3.11")
 
 from filelock import FileLock
-from processes import ROOT, environment
+from tests.processes import ROOT, environment
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.config import CompileConfig
 from torchtitan.config.manager import ConfigManager

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import environment
+from tests.processes import environment
 from torch import nn
 
 transformers = pytest.importorskip("transformers")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import environment
+from tests.processes import environment
 from test_transformers import VOCAB_SIZE, llama
 
 transformers = pytest.importorskip("transformers")
