@@ -30,7 +30,9 @@ SHARDED = ("sharded", "bf16 sharded", "bf16 sharded parts")
 def results_of(folder, processes, ways, device="cpu"):
     """Run ways in so many processes; return what each process has, by way."""
     run_in(processes, "tests.parallel_runs", folder, *ways, device=device)
-    return {way: [torch.load(folder / f"{way}-{rank}.pt", weights_only=True) for rank in range(processes)] for way in ways}
+    return {
+        way: [torch.load(folder / f"{way}-{rank}.pt", weights_only=True) for rank in range(processes)] for way in ways
+    }
 
 
 @pytest.fixture(scope="module")

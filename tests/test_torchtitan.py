@@ -17,7 +17,6 @@ from torch import nn
 pytest.importorskip("torchtitan", reason="needs torchtitan, of the extra 'integrations', and Python 3.11")
 
 from filelock import FileLock
-from tests.processes import ROOT, environment
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.config import CompileConfig
 from torchtitan.config.manager import ConfigManager
@@ -32,6 +31,7 @@ from npp_kernels.integrations.torchtitan import (
     group_batch,
     with_patches,
 )
+from tests.processes import ROOT, environment
 
 VOCAB_SIZE, HIDDEN_SIZE = 60, 16
 

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.processes import environment
 from torch import nn
+
+from tests.processes import environment
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

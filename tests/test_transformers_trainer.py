@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.processes import environment
-from test_transformers import VOCAB_SIZE, llama
+from tests.test_transformers import VOCAB_SIZE, llama
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -261,7 +262,7 @@ import json, sys, warnings
 sys.path.insert(0, {tests!r})
 warnings.simplefilter("ignore")
 import torch
-from test_transformers_trainer import LONG, ONE_BY_ONE, figures, sharded, train
+from tests.test_transformers_trainer import LONG, ONE_BY_ONE, figures, sharded, train
 for kind in ("patched", "at patch one", "own"):
     options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, ddp_backend="gloo")
     schedule = LONG if kind == "patched" else ONE_BY_ONE
