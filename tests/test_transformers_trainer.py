@@ -259,7 +259,7 @@ def test_trl_with_an_adapter(tmp_path):
 
 TWO_RANKS = """
 import json, sys, warnings
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {root!r})
 warnings.simplefilter("ignore")
 import torch
 from tests.test_transformers_trainer import LONG, ONE_BY_ONE, figures, sharded, train
@@ -301,7 +301,7 @@ def sharded():
 
 def on_two_ranks(path):
     """Return for each of three runs on two gloo ranks the norms of the weights, and the steps that were logged."""
-    program = TWO_RANKS.format(tests=str(Path(__file__).parent), path=str(path))
+    program = TWO_RANKS.format(root=str(Path(__file__).parents[1]), path=str(path))
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
