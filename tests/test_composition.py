@@ -336,8 +336,9 @@ def test_other_processes(method):
     assert {name: grad.tolist() for name, grad in grads.items()} == others
 
 
-def test_deterministic_algorithms(device):
+def test_deterministic_algorithms(device, monkeypatch):
     """Under `torch.use_deterministic_algorithms` nothing is refused, and everything is the same to the last bit."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch asks for it before it uses cuBLAS
     model, groups = Model().to(device), make_groups(device)
     torch.use_deterministic_algorithms(True)
     try:
