@@ -127,8 +127,9 @@ def group_mean(
 
     Numerics:
         Sums in fp32 (fp64 for float64), rounded once. ``K = 1`` is `F.embedding`, bit for bit. The gradient of the
-        table accumulates in fp32, rounds once to the table's dtype, and is bitwise reproducible from run to run, with
-        ``order`` and without. Over a shard the sums of all ranks are added in fp32 before they are divided and rounded; only a -0.0 becomes 0.0.
+        table accumulates in fp32, rounds once to the table's dtype, and is bitwise reproducible from run to run, and
+        the same with ``order`` and without. Over a shard the sums of all ranks are added in fp32 before they are
+        divided and rounded; only a -0.0 becomes 0.0.
 
     Memory:
         Forward: the result alone; over a shard the sums in fp32, too. Backward: the table's gradient, about 20 bytes

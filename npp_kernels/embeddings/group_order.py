@@ -96,20 +96,19 @@ def check_order(order: GroupOrder, groups: Tensor, vocab_size: int, ignore_index
     for name, shape in shapes.items():
         tensor = getattr(order, name)
         if tensor.dtype != torch.int32:
-            raise TypeError(f"order.{name}: expected int32, got {described(tensor)}")
+            raise TypeError(f"order: expected {name} of int32, got {described(tensor)}")
         if tuple(tensor.shape) != shape:
             raise ValueError(
-                f"order.{name}: expected {shape} for groups {tuple(groups.shape)} and a table of {vocab_size} rows, "
+                f"order: expected {name} {shape} for groups {tuple(groups.shape)} and a table of {vocab_size} rows, "
                 f"got {described(tensor)}"
             )
-        check_same_device(f"order.{name}", tensor, "groups", groups)
+        check_same_device("order", tensor, "groups", groups)
     if order.ignore_index != ignore_index:
-        raise ValueError(f"order.ignore_index: expected that of the call, {ignore_index}, got {order.ignore_index}")
+        raise ValueError(f"order: expected ignore_index={ignore_index}, as in this call, got {order.ignore_index}")
     if asks_to_read(groups):
         right = order_groups(groups, vocab_size, ignore_index=ignore_index)
-        for name in shapes:
-            if not torch.equal(getattr(order, name), getattr(right, name)):
-                raise ValueError(f"order.{name}: expected what order_groups makes of these groups, got that of others")
+        if not all(torch.equal(getattr(order, name), getattr(right, name)) for name in shapes):
+            raise ValueError("order: expected what order_groups makes of these groups, got that of others")
 
 
 def as_segments(order: GroupOrder) -> Segments:
