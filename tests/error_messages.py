@@ -48,7 +48,7 @@ def _sharded():
     if not started:
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        group_mean(distribute_tensor(TABLE.clone(), init_device_mesh("cpu", (1,))), IDS)
+        group_mean(TABLE, distribute_tensor(IDS.clone(), init_device_mesh("cpu", (1,))))  # a table may be one
     finally:
         if not started:
             torch.distributed.destroy_process_group()
