@@ -41,6 +41,10 @@ class GroupOrder(NamedTuple):
         keys, positions, starts = (tensor.to(device, non_blocking=non_blocking) for tensor in self[:3])
         return GroupOrder(keys, positions, starts, self.ignore_index)
 
+    def pin_memory(self) -> GroupOrder:
+        """Return the same order in pinned memory, from which a copy to a GPU runs beside other work."""
+        return GroupOrder(*(tensor.pin_memory() for tensor in self[:3]), self.ignore_index)
+
 
 def order_groups(groups: Tensor, vocab_size: int, *, ignore_index: int | None = None) -> GroupOrder:
     """Sort the ids of groups for the backward of `group_mean`, which then has no sorting to do.
