@@ -43,7 +43,8 @@ class GroupOrder(NamedTuple):
 
     def pin_memory(self) -> GroupOrder:
         """Return the same order in pinned memory, from which a copy to a GPU runs beside other work."""
-        return GroupOrder(*(tensor.pin_memory() for tensor in self[:3]), self.ignore_index)
+        keys, positions, starts = (tensor.pin_memory() for tensor in self[:3])
+        return GroupOrder(keys, positions, starts, self.ignore_index)
 
 
 def order_groups(groups: Tensor, vocab_size: int, *, ignore_index: int | None = None) -> GroupOrder:
