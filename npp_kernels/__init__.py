@@ -2,6 +2,7 @@
 
 from npp_kernels._checks import check_ids
 from npp_kernels.embeddings.group_mean import group_mean
+from npp_kernels.embeddings.group_order import GroupOrder, order_groups
 from npp_kernels.embeddings.patch_mean import patch_mean
 from npp_kernels.grouping import group_tokens, ungroup_tokens
 from npp_kernels.losses.linear_patch_cross_entropy import linear_patch_cross_entropy
@@ -13,6 +14,7 @@ from npp_kernels.step_graph import StepGraph
 from npp_kernels.vocabulary_shard import VocabularyShard
 
 __all__ = [
+    "GroupOrder",
     "LinearPatchCrossEntropyLoss",
     "PatchCrossEntropyLoss",
     "PatchEmbedding",
@@ -25,6 +27,7 @@ __all__ = [
     "group_mean",
     "group_tokens",
     "linear_patch_cross_entropy",
+    "order_groups",
     "patch_cross_entropy",
     "patch_mean",
     "ungroup_tokens",

@@ -107,6 +107,11 @@ def may_read(groups: Tensor) -> bool:
     return not (groups.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def asks_to_read(groups: Tensor) -> bool:
+    """Return whether `check_ids` is on, and ids may be looked at: for checks that cost a sort, on the CPU too."""
+    return _ids_are_checked and may_read(groups)
+
+
 def check_id_range(groups: Tensor, vocab_size: int, ignore_index: int | None) -> None:
     """Raise on an id outside ``[0, vocab_size)``: an IndexError on the CPU; on a GPU a ValueError, if asked for."""
     if not may_read(groups):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from npp_kernels.embeddings.group_mean import group_mean
+from npp_kernels.embeddings.group_order import GroupOrder
 from npp_kernels.losses.linear_patch_cross_entropy import linear_patch_cross_entropy
 from npp_kernels.losses.options import LossOptions, PatchLossStats, check_chunk_rows
 from npp_kernels.losses.patch_cross_entropy import patch_cross_entropy
@@ -40,9 +41,12 @@ class PatchEmbedding(nn.Embedding):
                                  f"got {options[name]!r}")  # fmt: skip
         super().__init__(num_embeddings, embedding_dim, padding_idx, **options)
 
-    def forward(self, groups: Tensor) -> Tensor:
-        """Return the mean embedding of each group: ``[..., K] -> [..., D]``."""
-        return group_mean(self.weight, groups, ignore_index=self.padding_idx)
+    def forward(self, groups: Tensor, order: GroupOrder | None = None) -> Tensor:
+        """Return the mean embedding of each group: ``[..., K] -> [..., D]``.
+
+        ``order`` is what `order_groups` made of the groups, with ``padding_idx`` as its ``ignore_index``.
+        """
+        return group_mean(self.weight, groups, ignore_index=self.padding_idx, order=order)
 
 
 class PatchCrossEntropyLoss(nn.Module):

@@ -12,7 +12,16 @@ from typing import NamedTuple
 import torch
 
 import npp_kernels
-from npp_kernels import PatchSchedule, _checks, group_mean, group_tokens, patch_mean, ungroup_tokens
+from npp_kernels import (
+    PatchSchedule,
+    VocabularyShard,
+    _checks,
+    group_mean,
+    group_tokens,
+    order_groups,
+    patch_mean,
+    ungroup_tokens,
+)
 from npp_kernels import linear_patch_cross_entropy as linear
 from npp_kernels import patch_cross_entropy as loss
 
@@ -20,14 +29,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "npp_kernels"
 PAGE = ROOT / "docs" / "errors.md"
 FILES = [
-    *("grouping.py", "embeddings/group_mean.py", "embeddings/patch_mean.py", "losses/patch_cross_entropy.py"),
-    *("losses/linear_patch_cross_entropy.py", "losses/options.py", "modules.py", "schedule.py", "_checks.py"),
-    "_autograd.py",
+    *("grouping.py", "embeddings/group_mean.py", "embeddings/group_order.py", "embeddings/patch_mean.py"),
+    *("losses/patch_cross_entropy.py", "losses/linear_patch_cross_entropy.py", "losses/options.py"),
+    *("modules.py", "schedule.py", "_checks.py", "_autograd.py"),
 ]
 
 IDS = torch.zeros(2, 3, dtype=torch.int64)
 TABLE, LOGITS, HIDDEN = torch.zeros(5, 4), torch.zeros(2, 5), torch.zeros(2, 4)
 SCHEDULE = PatchSchedule([(2, 10), (1, 20)])
+ORDER = order_groups(IDS, 5)
 
 
 def _sharded():
@@ -38,7 +48,7 @@ def _sharded():
     if not started:
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        patch_mean(distribute_tensor(torch.zeros(1, 4, 4, 3), init_device_mesh("cpu", (1,))), 2)
+        group_mean(TABLE, distribute_tensor(IDS.clone(), init_device_mesh("cpu", (1,))))  # a table may be one
     finally:
         if not started:
             torch.distributed.destroy_process_group()
@@ -80,6 +90,14 @@ PROVOCATIONS = [
     lambda: group_mean(TABLE, IDS.to("meta")),
     lambda: group_mean(TABLE, IDS + 5),
     lambda: group_mean(TABLE, IDS, out_dtype=torch.int64),
+    lambda: order_groups(IDS, 5.0),
+    lambda: order_groups(IDS, 0),
+    lambda: group_mean(TABLE, IDS, order=IDS),
+    lambda: group_mean(TABLE, IDS, order=ORDER._replace(keys=ORDER.keys.long())),
+    lambda: group_mean(TABLE, IDS[:1], order=ORDER),
+    lambda: group_mean(TABLE, IDS, ignore_index=-100, order=ORDER),
+    lambda: _with_checks(lambda: group_mean(TABLE, IDS + 1, order=ORDER)),
+    lambda: group_mean(TABLE, IDS, shard=VocabularyShard((5,), 0, "none"), order=ORDER),
     lambda: patch_mean(torch.zeros(4), 2),
     lambda: loss(LOGITS, IDS[:1]),
     lambda: loss(LOGITS[:, :0], IDS),
@@ -133,6 +151,14 @@ def _read(word):
 
     with mock.patch.dict("os.environ", NPP_KERNELS_CHECK=word):
         _checks.read_switch("NPP_KERNELS_CHECK")
+
+
+def _with_checks(call):
+    _checks.check_ids(True)
+    try:
+        call()
+    finally:
+        _checks.check_ids(False)
 
 
 class Message(NamedTuple):

@@ -42,6 +42,9 @@ def check_group_mean(case, device):
         return out.detach(), grad
 
     actual = run(npp_kernels.group_mean, None, out_dtype=case.out_dtype)
+    order = npp_kernels.order_groups(groups, vocab_size, ignore_index=case.ignore_index)
+    ordered = run(npp_kernels.group_mean, None, out_dtype=case.out_dtype, order=order)
+    torch.testing.assert_close(ordered, actual, rtol=0, atol=0, equal_nan=True)
     wide = torch.promote_types(case.dtype, torch.float32)
     eager = run(reference.group_mean, wide)
     oracle, terms = (run(reference.group_mean, torch.float64, absolute) for absolute in (False, True))

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 import npp_kernels
 import reference.ops as reference
+from npp_kernels.embeddings import mean_kernels, segments, torch_path
 from tests.budget import assert_within_budget
 from tests.conftest import INTERPRETED
 from tests.inputs import skewed_ids
@@ -258,3 +259,212 @@ def test_overflow_is_infinite(device):
     table[2] = 1.0
     out = npp_kernels.group_mean(table, torch.tensor([[0, 1, 2, 2], [2, 0, 1, 2]], device=device))
     assert (out == float("inf")).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+@pytest.mark.parametrize(
+    ("vocab_size", "shape", "ignore_index", "rank_sort_limit"),
+    [
+        (50, (3, 5, 4), None, 8192),
+        (50, (7, 3), 25, 8192),  # the most frequent id is ignored
+        (30, (600, 1), None, 0),  # segments longer than a chunk, by the sort of long lists
+        (300, (40, 16), 150, 0),  # the same, in two passes
+    ],
+)
+def test_an_order_changes_no_bit(device, monkeypatch, dtype, vocab_size, shape, ignore_index, rank_sort_limit):
+    monkeypatch.setattr(segments, "RANK_SORT_LIMIT", rank_sort_limit)
+    table = torch.randn(vocab_size, 24, device=device).to(dtype)
+    groups = skewed_ids(vocab_size, shape, device=device)
+    upstream = torch.randn(*shape[:-1], 24, device=device).to(dtype)
+    out, grad = run(npp_kernels.group_mean, table, groups, upstream, ignore_index=ignore_index)
+    order = npp_kernels.order_groups(groups, vocab_size, ignore_index=ignore_index)
+
+    def refuse(*_):
+        raise AssertionError("the backward sorts")
+
+    for module, name in ((mean_kernels, "find_segments"), (torch_path, "torch_segments")):
+        monkeypatch.setattr(module, name, refuse)
+    for given in (groups, groups.int()):
+        means, gradient = run(npp_kernels.group_mean, table, given, upstream, ignore_index=ignore_index, order=order)
+        assert torch.equal(means, out)
+        assert torch.equal(gradient, grad)
+    with pytest.raises(AssertionError, match="the backward sorts"):
+        run(npp_kernels.group_mean, table, groups, upstream, ignore_index=ignore_index)
+
+
+@pytest.mark.parametrize("rank_sort_limit", [0, 8192])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("ignore_index", [None, 3, -100])
+def test_an_order_is_the_same_on_every_device(device, monkeypatch, ignore_index, dtype, rank_sort_limit):
+    """And of groups that are not contiguous, whose ids lie at a stride."""
+    monkeypatch.setattr(segments, "RANK_SORT_LIMIT", rank_sort_limit)
+    groups = skewed_ids(700, (40, 5, 8), dtype=dtype, device=device)
+    if ignore_index is not None:
+        groups[::3, 1] = ignore_index
+    for view in (groups, groups[:, :-1], groups[..., ::2], groups.transpose(0, 2)):
+        order = npp_kernels.order_groups(view, 700, ignore_index=ignore_index)
+        expected = torch_path.torch_segments(view.cpu(), 700, ignore_index)
+        assert {part.dtype for part in order[:3]} == {torch.int32}
+        assert order.positions.shape == view.shape
+        assert torch.equal(order.keys.cpu().long(), expected.keys.long())
+        assert torch.equal(order.positions.cpu().long().flatten(), expected.order)
+        assert torch.equal(order.starts.cpu().long(), expected.starts)
+        assert torch.equal(order.starts.cpu(), torch.searchsorted(order.keys.cpu(), torch.arange(701)).int())
+
+
+def test_an_order_of_no_groups(device):
+    table = torch.randn(5, 4, device=device, requires_grad=True)
+    groups = torch.zeros(2, 0, 3, dtype=torch.int64, device=device)
+    order = npp_kernels.order_groups(groups, 5)
+    assert [tuple(part.shape) for part in order[:3]] == [(0,), (2, 0, 3), (6,)]
+    assert not order.starts.any()
+    npp_kernels.group_mean(table, groups, order=order).sum().backward()
+    assert torch.equal(table.grad, torch.zeros_like(table))
+
+
+def test_an_order_in_compiled_code(device):
+    """Given to it, and made in it; under autocast, too."""
+
+    def given(table, groups, order):
+        return npp_kernels.group_mean(table, groups, ignore_index=3, order=order)
+
+    def made(table, groups, _):
+        return given(table, groups, npp_kernels.order_groups(groups, 20, ignore_index=3))
+
+    def moved(table, groups, order):
+        return given(table, groups, order.to(table.device, non_blocking=True))
+
+    table = torch.randn(20, 16, device=device)
+    for function in (given, made, moved):
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            function, fullgraph=True, backend="inductor" if table.is_cuda else "aot_eager", dynamic=None
+        )
+        if INTERPRETED:
+            compiled = function  # the compiler has no interpreter
+        for num_groups in (6, 30, 50):
+            groups = skewed_ids(20, (2, num_groups, 4), device=device)
+            upstream = torch.randn(2, num_groups, 16, device=device)
+            order = npp_kernels.order_groups(groups, 20, ignore_index=3)
+            with torch.autocast(device.type, torch.bfloat16):
+                expected = run(npp_kernels.group_mean, table, groups, upstream, ignore_index=3)
+                actual = run(lambda t, g, c=compiled, o=order: c(t, g, o), table, groups, upstream)
+            assert all(map(torch.equal, actual, expected))
+
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return torch.randint(50, (8, 8), generator=torch.Generator().manual_seed(index))
+
+
+def collate(images):
+    groups = npp_kernels.group_tokens(torch.stack(images), 2)
+    return groups, npp_kernels.order_groups(groups[:, :-1], 50)
+
+
+def test_an_order_from_a_data_loaders_worker(device):
+    table = torch.randn(50, 8, device=device, requires_grad=True)
+    loader = torch.utils.data.DataLoader(
+        Images(), 3, collate_fn=collate, num_workers=1, pin_memory=device.type == "cuda"
+    )
+    for groups, order in loader:
+        assert isinstance(order, npp_kernels.GroupOrder)
+        assert order.positions.is_pinned() == (device.type == "cuda")
+        order, inputs = order.to(device, non_blocking=True), groups.to(device, non_blocking=True)[:, :-1]
+        upstream = torch.randn(*inputs.shape[:-1], 8, device=device)
+        expected = run(npp_kernels.group_mean, table, inputs, upstream)
+        assert all(map(torch.equal, run(npp_kernels.group_mean, table, inputs, upstream, order=order), expected))
+
+
+def test_an_order_collated_by_mistake_is_refused():
+    """Orders of single samples do not stack to the order of their batch."""
+    samples = [(ids, npp_kernels.order_groups(ids, 50)) for ids in torch.randint(50, (2, 4, 3))]
+    groups = torch.stack([ids for ids, _ in samples])
+    tensors = [torch.stack(parts) for parts in zip(*(order[:3] for _, order in samples), strict=True)]
+    with pytest.raises(ValueError, match=r"order: expected keys \(24,\) for groups \(2, 4, 3\)"):
+        npp_kernels.group_mean(torch.randn(50, 8), groups, order=npp_kernels.GroupOrder(*tensors, None))
+
+
+def test_errors_of_an_order():
+    table, groups = torch.randn(5, 4), torch.tensor([[0, 1, 2], [3, 4, 0]])
+    order = npp_kernels.order_groups(groups, 5)
+
+    def refused(kind, match, order, table=table, groups=groups, **options):
+        with pytest.raises(kind, match=match):
+            npp_kernels.group_mean(table, groups, order=order, **options)
+
+    refused(TypeError, "order: expected a GroupOrder, .*got Tensor", order.positions)
+    refused(TypeError, "order: expected a GroupOrder, .*got tuple", tuple(order))
+    refused(ValueError, r"order: expected keys \(3,\) for groups \(1, 3\)", order, groups=groups[:1])
+    refused(ValueError, r"order: expected positions \(3, 2\) for groups \(3, 2\)", order, groups=groups.view(3, 2))
+    refused(ValueError, r"order: expected starts \(7,\) .*table of 6 rows", order, table=torch.randn(6, 4))
+    refused(TypeError, "order: expected starts of int32, got .*int64", order._replace(starts=order.starts.long()))
+    refused(ValueError, "order: expected the device of groups, cpu, got meta", order.to("meta"))
+    refused(ValueError, "order: expected ignore_index=2, as in this call, got None", order, ignore_index=2)
+    with pytest.raises(TypeError, match=r"vocab_size: expected an int, got 5\.0"):
+        npp_kernels.order_groups(groups, 5.0)
+    with pytest.raises(ValueError, match="vocab_size: expected at least 1, got 0"):
+        npp_kernels.order_groups(groups, 0)
+    with pytest.raises(TypeError, match="groups: expected int32 or int64"):
+        npp_kernels.order_groups(groups.float(), 5)
+    with pytest.raises(IndexError, match=r"groups: expected ids in \[0, 4\), got 4 at position \(1, 1\)"):
+        npp_kernels.order_groups(groups, 4)
+
+
+def test_an_order_of_other_groups_is_seen_where_ids_are_checked(device):
+    table = torch.randn(5, 4, device=device)
+    groups = torch.tensor([[0, 1, 2], [3, 4, 0]], device=device)
+    orders = [npp_kernels.order_groups(ids, 5) for ids in (groups, groups.flip(0), groups.clamp(max=3))]
+    npp_kernels.check_ids(True)
+    try:
+        npp_kernels.group_mean(table, groups, order=orders[0])
+        for order in orders[1:]:
+            with pytest.raises(ValueError, match=r"order: expected what order_groups makes of these groups"):
+                npp_kernels.group_mean(table, groups, order=order)
+    finally:
+        npp_kernels.check_ids(False)
+    for order in orders:  # every order of so many ids is safe to read by, if not right
+        npp_kernels.group_mean(table.requires_grad_(), groups, order=order).sum().backward()
+
+
+@pytest.mark.gpu
+def test_an_order_at_full_size():
+    """Made on the CPU and on the GPU, in eager mode and in a graph; two passes, K = 4, half a million embeddings."""
+    groups = skewed_ids(16384, (16384, 4), device="cuda")
+    table = torch.randn(16384, 768, device="cuda").bfloat16()
+    upstream = torch.randn(16384, 768, device="cuda").bfloat16()
+    _, expected = run(npp_kernels.group_mean, table, groups, upstream)
+    orders = npp_kernels.order_groups(groups, 16384), npp_kernels.order_groups(groups.cpu(), 16384).to("cuda")
+    for first, second in zip(orders[0][:3], orders[1][:3], strict=True):
+        assert torch.equal(first, second)
+    for order in orders:
+        assert torch.equal(run(npp_kernels.group_mean, table, groups, upstream, order=order)[1], expected)
+    leaf = table.clone().requires_grad_()
+
+    def step():
+        order = npp_kernels.order_groups(groups, 16384)
+        return torch.autograd.grad(npp_kernels.group_mean(leaf, groups, order=order), leaf, upstream)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    graph.replay()
+    assert torch.equal(captured, expected)
+
+
+@pytest.mark.gpu
+def test_bad_ids_in_an_order_on_a_gpu():
+    table = torch.randn(5, 4, device="cuda")
+    groups = torch.tensor([[0, 1], [2, 5], [-1, 3], [2**40, 0]], device="cuda")
+    upstream = torch.randn(4, 4, device="cuda")
+    order = npp_kernels.order_groups(groups, 5)
+    _, expected = run(npp_kernels.group_mean, table, groups, upstream)
+    assert torch.equal(run(npp_kernels.group_mean, table, groups, upstream, order=order)[1], expected)

@@ -16,6 +16,9 @@ def test_embedding_is_an_embedding(device):
     ours(ids).sum().backward()
     assert ours.weight.grad[3].abs().sum() == 0
     assert npp_kernels.PatchEmbedding.from_pretrained(plain.weight.detach())(ids).shape == (5, 8)
+    order = npp_kernels.order_groups(ids, 20, ignore_index=3)
+    (expected,) = torch.autograd.grad(ours(ids).square().sum(), ours.weight)
+    assert torch.equal(torch.autograd.grad(ours(ids, order).square().sum(), ours.weight)[0], expected)
     with pytest.raises(ValueError, match="max_norm: expected max_norm to be off"):
         npp_kernels.PatchEmbedding(20, 8, max_norm=1.0)
 

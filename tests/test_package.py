@@ -34,6 +34,7 @@ LAYERS = [
     {"losses.target_math", "losses.targets"},
     {"losses.options", "losses.__init__"},
     {"embeddings.group_mean", "embeddings.patch_mean", "embeddings.__init__"},
+    {"embeddings.group_order"},
     {"embeddings.mean_kernels", "embeddings.torch_path"},
     {"embeddings.segments"},
     {"schedule", "step_graph"},

@@ -18,7 +18,9 @@ from npp_kernels._checks import (
     check_same_device,
 )
 from npp_kernels._dispatch import runs_kernels
+from npp_kernels.embeddings.group_order import GroupOrder, as_segments, check_order
 from npp_kernels.embeddings.mean_kernels import launch_means, launch_table_gradient
+from npp_kernels.embeddings.segments import Segments
 from npp_kernels.embeddings.torch_path import torch_means, torch_table_gradient
 from npp_kernels.vocabulary_shard import (
     VocabularyShard,
@@ -49,7 +51,7 @@ def _local_groups(groups: Tensor, ignore_index: int | None, shard: VocabularySha
 
 class _GroupMean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table, groups, ignore_index, out_dtype, shard):
+    def forward(ctx, table, groups, ignore_index, out_dtype, shard, *segments):
         forward = launch_means if runs_kernels(table) else torch_means
         if shard is None:
             out, counts = forward(table, groups, ignore_index, out_dtype)
@@ -60,7 +62,7 @@ class _GroupMean(torch.autograd.Function):
             ignore_index = ELSEWHERE
             sums = sum_over_ranks(forward(table, groups, ignore_index, wide, divide=False)[0], shard)
             out = (sums / counts.clamp(min=1).unsqueeze(1)).to(out_dtype)
-        ctx.save_for_backward(groups, counts)
+        ctx.save_for_backward(groups, counts, *segments)
         ctx.ignore_index = ignore_index
         ctx.vocab_size = table.shape[0]
         ctx.table_dtype = table.dtype
@@ -69,12 +71,15 @@ class _GroupMean(torch.autograd.Function):
     @staticmethod
     @first_order_only("group_mean")
     def backward(ctx, grad):
-        groups, counts = ctx.saved_tensors
+        groups, counts, *parts = ctx.saved_tensors
+        segments = Segments(*parts) if parts else None
         # float64 takes the PyTorch path, whichever of the two has it: see `runs_kernels`.
         on_kernels = runs_kernels(grad) and ctx.table_dtype != torch.float64
         backward = launch_table_gradient if on_kernels else torch_table_gradient
-        grad_table = backward(grad.contiguous(), groups, counts, ctx.ignore_index, ctx.vocab_size, ctx.table_dtype)
-        return grad_table, None, None, None, None
+        grad_table = backward(
+            grad.contiguous(), groups, counts, ctx.ignore_index, ctx.vocab_size, ctx.table_dtype, segments
+        )
+        return grad_table, None, None, None, None, *(None for _ in parts)
 
 
 def group_mean(
@@ -84,6 +89,7 @@ def group_mean(
     ignore_index: int | None = None,
     out_dtype: torch.dtype | None = None,
     shard: VocabularyShard | None = None,
+    order: GroupOrder | None = None,
 ) -> Tensor:
     """Average the embeddings of each group of ids: ``table [V, D], groups [..., K] -> [..., D]``.
 
@@ -106,24 +112,28 @@ def group_mean(
         shard: which ids the rows of ``table`` are, where a process group shares out the vocabulary: ``table [V_r, D]``
             then, and on every rank the same ``groups``, with ids of the whole vocabulary. Every rank gets all means,
             and the gradient of its own rows. A `DTensor` with the placement ``Shard(0)`` needs none.
+        order: what `order_groups` made of these groups, so that the backward has no sorting to do. Whether it is that
+            of these groups, and not of others of the same shape, is seen with `check_ids` on alone. Not over a shard.
 
     Returns:
         ``[..., D]`` of ``out_dtype``.
 
     Raises:
         TypeError: a tensor of another dtype, or a `DTensor` that is placed otherwise.
-        ValueError: shapes or devices that do not match, or, with `check_ids` on, a bad id on a GPU.
+        ValueError: shapes or devices that do not match, an ``order`` of other groups, or, with `check_ids` on, a bad
+            id on a GPU.
         IndexError: an id out of range, on the CPU. On a GPU the group's mean is NaN and its ids get no gradient.
         RuntimeError: a double backward, or a transform of `torch.func`.
 
     Numerics:
         Sums in fp32 (fp64 for float64), rounded once. ``K = 1`` is `F.embedding`, bit for bit. The gradient of the
-        table accumulates in fp32, rounds once to the table's dtype, and is bitwise reproducible from run to run. Over a
-        shard the sums of all ranks are added in fp32 before they are divided and rounded; only a -0.0 becomes 0.0.
+        table accumulates in fp32, rounds once to the table's dtype, and is bitwise reproducible from run to run, and
+        the same with ``order`` and without. Over a shard the sums of all ranks are added in fp32 before they are
+        divided and rounded; only a -0.0 becomes 0.0.
 
     Memory:
         Forward: the result alone; over a shard the sums in fp32, too. Backward: the table's gradient, about 20 bytes
-        for every id, and ``D/16`` bytes for every id, for the sums of frequent ids.
+        for every id (none with ``order``), and ``D/16`` bytes for every id, for the sums of frequent ids.
 
     Source:
         NPP (arXiv 2412.15321), section 3.2; ``tensor_patchify`` after the embedding in the official code.
@@ -137,13 +147,21 @@ def group_mean(
         raise TypeError(f"out_dtype: expected float32, bfloat16, float16, float64 or None, got {out_dtype!r}")
     refuse_transforms("group_mean")
     check_id_range(groups, find_vocab_size("table", table, 0, shard), ignore_index)
+    if order is not None:
+        if shard is not None:
+            raise ValueError(
+                "order: expected None over a shard of the vocabulary, where each rank sorts the ids of its own rows, "
+                "got a GroupOrder"
+            )
+        check_order(order, groups, table.shape[0], ignore_index)
     flat = groups.reshape(-1, groups.shape[-1]).contiguous()
     if shard is not None:
         check_same_rows(flat, shard)
     rows = table if table.stride(-1) == 1 else table.contiguous()
     wanted_dtype = table.dtype if out_dtype is None else out_dtype
     if runs_kernels(table) or wants_backward(table) or shard is not None:
-        out = _GroupMean.apply(rows, flat, ignore_index, wanted_dtype, shard)
+        segments = () if order is None else as_segments(order)
+        out = _GroupMean.apply(rows, flat, ignore_index, wanted_dtype, shard, *segments)
     else:
         out, _ = torch_means(rows, flat, ignore_index, wanted_dtype)
     return out.view(*groups.shape[:-1], table.shape[1])

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from npp_kernels._dispatch import cdiv, launch, next_power_of_2
-from npp_kernels.embeddings.segments import find_segments
+from npp_kernels.embeddings.segments import Segments, find_segments
 
 # H100, 2026-11-24, bf16, V = 16,384, 256 images of 16×16 tokens; docs/tuning.md has what else was tried.
 # A tile of 8,192 embeddings, 256 columns wide, 4 slots at a time: 15 µs at D = 768, K = 16 on real tokens (4,096 and 8
@@ -309,16 +309,22 @@ def launch_means(
 
 
 def launch_table_gradient(
-    grad: Tensor, groups: Tensor, counts: Tensor | None, ignore_index: int | None, vocab_size: int, dtype: torch.dtype
+    grad: Tensor,
+    groups: Tensor,
+    counts: Tensor | None,
+    ignore_index: int | None,
+    vocab_size: int,
+    dtype: torch.dtype,
+    segments: Segments | None = None,
 ) -> Tensor:
-    """Return the table's gradient ``[V, D]`` from the means' gradient ``[P, D]``."""
+    """Return the table's gradient ``[V, D]`` from the means' gradient ``[P, D]``; without ``segments``, find them."""
     group_size, hidden_size = groups.shape[1], grad.shape[1]
     grad_table = torch.empty((vocab_size, hidden_size), dtype=dtype, device=grad.device)
     if groups.numel() == 0 or grad_table.numel() == 0:
         return grad_table.zero_()
     num_chunks = groups.numel() // CHUNK_SIZE
     sums = torch.empty((num_chunks, hidden_size), dtype=torch.float32, device=grad.device)
-    keys, order, starts = find_segments(groups, vocab_size, ignore_index)
+    keys, order, starts = segments or find_segments(groups, vocab_size, ignore_index)
     arguments = (grad, keys, order, starts, counts, sums, grad_table, num_chunks, vocab_size, hidden_size)
     options: dict[str, Any] = {"GROUP_SIZE": group_size, "HAS_IGNORED": counts is not None, "CHUNK": CHUNK_SIZE}
     block_hidden = min(next_power_of_2(hidden_size), WARP_HIDDEN)

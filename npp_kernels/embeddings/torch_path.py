@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npp_kernels.embeddings.segments import Segments
+
 
 def torch_means(
     table: Tensor, groups: Tensor, ignore_index: int | None, out_dtype: torch.dtype, *, divide: bool = True
@@ -38,8 +40,25 @@ def torch_means(
     return total.div_(counts.clamp(min=1).unsqueeze(1)).to(out_dtype), counts
 
 
+def torch_segments(ids: Tensor, vocab_size: int, ignore_index: int | None) -> Segments:
+    """`find_segments` in PyTorch, in int64; an id out of range is an error of PyTorch's."""
+    ids = ids.flatten()
+    if ignore_index is not None:
+        ids = ids.masked_fill(ids == ignore_index, vocab_size)
+    keys, order = torch.sort(ids, stable=True)
+    numbers = torch.zeros(vocab_size + 1, dtype=torch.int64, device=ids.device)
+    numbers.scatter_add_(0, ids.long(), torch.ones_like(order))
+    return Segments(keys, order, numbers.cumsum(0) - numbers)
+
+
 def torch_table_gradient(
-    grad: Tensor, groups: Tensor, counts: Tensor | None, ignore_index: int | None, vocab_size: int, dtype: torch.dtype
+    grad: Tensor,
+    groups: Tensor,
+    counts: Tensor | None,
+    ignore_index: int | None,
+    vocab_size: int,
+    dtype: torch.dtype,
+    segments: Segments | None = None,
 ) -> Tensor:
     """`launch_table_gradient` in PyTorch: each id sums its own segment of one stable order, as there."""
     group_size = groups.shape[1]
@@ -51,14 +70,7 @@ def torch_table_gradient(
         scaled = scaled / counts.to(wide).clamp(min=1).unsqueeze(1)
     elif group_size > 1:
         scaled = scaled / group_size
-    ids = groups.flatten()
-    num_segments = vocab_size
-    if ignore_index is not None:
-        ids = ids.masked_fill(ids == ignore_index, vocab_size)
-        num_segments += 1  # the last, of what is ignored, is dropped
-    order = torch.sort(ids, stable=True).indices
-    numbers = torch.zeros(num_segments, dtype=torch.int64, device=ids.device)
-    numbers.scatter_add_(0, ids.long(), torch.ones_like(order))
-    starts = numbers.cumsum(0) - numbers
-    sums = F.embedding_bag(order // group_size, scaled, starts, mode="sum")
+    _, order, starts = segments or torch_segments(groups, vocab_size, ignore_index)
+    num_segments = vocab_size if ignore_index is None else vocab_size + 1  # the last, of what is ignored, is dropped
+    sums = F.embedding_bag(order.long() // group_size, scaled, starts[:num_segments].long(), mode="sum")
     return sums[:vocab_size].to(dtype)
