@@ -38,12 +38,14 @@ class GroupOrder(NamedTuple):
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> GroupOrder:
         """Return the same order on ``device``; arguments as those of `torch.Tensor.to`."""
-        keys, positions, starts = (tensor.to(device, non_blocking=non_blocking) for tensor in self[:3])
+        keys, positions, starts = (
+            tensor.to(device, non_blocking=non_blocking) for tensor in (self.keys, self.positions, self.starts)
+        )
         return GroupOrder(keys, positions, starts, self.ignore_index)
 
     def pin_memory(self) -> GroupOrder:
         """Return the same order in pinned memory, from which a copy to a GPU runs beside other work."""
-        keys, positions, starts = (tensor.pin_memory() for tensor in self[:3])
+        keys, positions, starts = (tensor.pin_memory() for tensor in (self.keys, self.positions, self.starts))
         return GroupOrder(keys, positions, starts, self.ignore_index)
 
 
