@@ -68,9 +68,11 @@ def first_order_only(name: str) -> Callable:
         @functools.wraps(backward)
         def first_order(ctx, *upstream):
             refuse_transforms(name, *upstream)
+            if not torch.is_grad_enabled():  # the rule: nobody wants to differentiate the results
+                return backward(ctx, *upstream)
             with torch.no_grad():
                 grads = backward(ctx, *upstream)
-            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
                 return grads
             sources = [
                 tensor

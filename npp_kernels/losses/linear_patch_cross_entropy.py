@@ -53,7 +53,7 @@ def _scaled(grad: Tensor | None, upstream: Tensor) -> Tensor | None:
     if grad is None or grad.numel() == 0:
         return grad
     if runs_kernels(grad):
-        launch_scale(grad.view(-1, grad.shape[-1]), upstream)
+        launch_scale(grad if grad.ndim == 2 else grad.view(1, -1), upstream)
     # Where looking costs nothing, a gradient as large as the weight need not be multiplied by 1.
     elif grad.device.type != "cpu" or torch.compiler.is_compiling() or upstream.item() != 1:
         return grad * upstream
@@ -307,8 +307,10 @@ def linear_patch_cross_entropy(
         if bias.shape[0] != weight.shape[0]:
             raise ValueError(f"bias: expected [{weight.shape[0]}], one per row of weight, got {described(bias)}")
     device_type = hidden.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
-    if not torch.is_autocast_enabled(device_type):
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    else:
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.dtype != hidden.dtype:
                 raise TypeError(
@@ -326,7 +328,7 @@ def linear_patch_cross_entropy(
     check_id_range(groups, vocab_size, ignore_index)
 
     flat_groups = groups.reshape(-1, groups.shape[-1]).contiguous()
-    targets, _ = find_targets(flat_groups, options, hidden.new_empty(0, dtype=dtype), shard)
+    targets, _ = find_targets(flat_groups, options, hidden if dtype == hidden.dtype else hidden.new_empty(0, dtype=dtype), shard)
     grad_enabled = torch.is_grad_enabled()
     layer = Layer(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     wants_hidden, wants_weight, wants_bias = (

@@ -52,7 +52,8 @@ def returned(ctx: Any, loss: Tensor | None, scores: Scores) -> tuple[Tensor, ...
     """Return the same from an autograd function."""
     ctx.set_materialize_grads(False)
     results = found(loss, scores)
-    ctx.mark_non_differentiable(*results[1:])
+    if len(results) > 1:
+        ctx.mark_non_differentiable(*results[1:])
     return results
 
 
@@ -93,7 +94,7 @@ class _PatchCrossEntropy(torch.autograd.Function):
                     if inplace:
                         # Whoever saved these logits for a backward of its own must find out.
                         torch.autograd.graph.increment_version(logits)
-                if len(groups):
+                if groups.shape[0]:
                     loss = launch_loss(logits, grad, targets, scores, ticket)
             else:
                 torch_loss(logits, targets, scores)
