@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npp_kernels._autograd import first_order_only, refuse_transforms, wants_backward
+from npp_kernels._autograd import as_rows, first_order_only, refuse_transforms, wants_backward
 from npp_kernels._checks import (
     FLOATING_DTYPES,
     check_floating,
@@ -137,7 +137,7 @@ def group_mean(
         raise TypeError(f"out_dtype: expected float32, bfloat16, float16, float64 or None, got {out_dtype!r}")
     refuse_transforms("group_mean")
     check_id_range(groups, find_vocab_size("table", table, 0, shard), ignore_index)
-    flat = groups.reshape(-1, groups.shape[-1]).contiguous()
+    flat = as_rows(groups).contiguous()
     if shard is not None:
         check_same_rows(flat, shard)
     rows = table if table.stride(-1) == 1 else table.contiguous()

@@ -220,7 +220,11 @@ def loss_and_gradients(layer: Layer, targets: Targets, plan: Plan, scores: Score
             offsets = find_offsets(products.hidden, products.weight)
             for chunk in products.chunks:
                 factors = launch_exponentials(
-                    _rows(products.hidden, chunk), products.weight, _rows(offsets, chunk), targets.rows(chunk), scores.chunk(chunk)
+                    _rows(products.hidden, chunk),
+                    products.weight,
+                    _rows(offsets, chunk),
+                    targets.rows(chunk),
+                    scores.chunk(chunk),
                 )
                 products.add(chunk, *factors)
                 del factors  # before the next chunk is made
