@@ -53,7 +53,7 @@ def _scaled(grad: Tensor | None, upstream: Tensor) -> Tensor | None:
     if grad is None or grad.numel() == 0:
         return grad
     if runs_kernels(grad):
-        launch_scale(grad if grad.ndim == 2 else grad.view(1, -1), upstream)
+        launch_scale(as_rows(grad), upstream)
     # Where looking costs nothing, a gradient as large as the weight need not be multiplied by 1.
     elif grad.device.type != "cpu" or torch.compiler.is_compiling() or upstream.item() != 1:
         return grad * upstream
