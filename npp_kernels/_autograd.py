@@ -41,6 +41,17 @@ def wants_backward(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or (torch.is_grad_enabled() and tensor.requires_grad)
 
 
+def as_rows(tensor: Tensor) -> Tensor:
+    """Return a tensor with all but its last axis flattened; one of two axes as it is.
+
+    A view that changes nothing takes the host 1 µs, and where there is a gradient a step of the backward. Compiled code
+    loses it anyway, and transforms of `torch.func` in it need what is saved to be no argument of theirs.
+    """
+    if tensor.ndim == 2 and not torch.compiler.is_compiling():
+        return tensor
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
 class _NoSecondOrder(torch.autograd.Function):
     @staticmethod
     def forward(ctx, name, grad, *sources):
@@ -68,9 +79,14 @@ def first_order_only(name: str) -> Callable:
         @functools.wraps(backward)
         def first_order(ctx, *upstream):
             refuse_transforms(name, *upstream)
+            compiling = torch.compiler.is_compiling()
+            # The rule: nobody wants to differentiate the results. What compiled code traces here with gradients off, it
+            # may run with them on.
+            if not compiling and not torch.is_grad_enabled():
+                return backward(ctx, *upstream)
             with torch.no_grad():
                 grads = backward(ctx, *upstream)
-            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if compiling:
                 return grads
             sources = [
                 tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -35,9 +34,18 @@ def next_power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+@functools.cache
+def _read_multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def num_multiprocessors(tensor: Tensor) -> int:
     """Return how many multiprocessors the tensor's GPU has; 1 for the interpreter, which runs one program at a time."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+    if not tensor.is_cuda:
+        return 1
+    if torch.compiler.is_compiling():  # which knows this call for a constant, and does not look into the cache
+        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return _read_multiprocessors(tensor.device.index)
 
 
 @functools.cache
@@ -86,13 +94,16 @@ def launch(
             time by rules of its own; `torch.compile` takes no such limit.
         options: the fixed parameters, and Triton's own options.
     """
-    device = arguments[0].device
-    here = INTERPRETED or torch.compiler.is_compiling() or device.index == torch.cuda.current_device()
+    compiling = torch.compiler.is_compiling()
     if early is not None:
         options["OVERLAP"] = early and can_overlap(arguments[0])
         if options["OVERLAP"]:
             options["launch_pdl"] = True
-    if max_registers is not None and torch.version.cuda is not None and not torch.compiler.is_compiling():
+    if max_registers is not None and torch.version.cuda is not None and not compiling:
         options["maxnreg"] = max_registers
-    with nullcontext() if here else torch.cuda.device(device):
+    device = arguments[0].device
+    if INTERPRETED or compiling or device.index == torch.cuda.current_device():
         kernel[grid](*arguments, **options)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from npp_kernels._autograd import first_order_only, refuse_transforms, wants_backward
+from npp_kernels._autograd import as_rows, first_order_only, refuse_transforms, wants_backward
 from npp_kernels._checks import (
     FLOATING_DTYPES,
     check_floating,
@@ -154,7 +154,7 @@ def group_mean(
                 "got a GroupOrder"
             )
         check_order(order, groups, table.shape[0], ignore_index)
-    flat = groups.reshape(-1, groups.shape[-1]).contiguous()
+    flat = as_rows(groups).contiguous()
     if shard is not None:
         check_same_rows(flat, shard)
     rows = table if table.stride(-1) == 1 else table.contiguous()

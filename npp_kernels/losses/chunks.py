@@ -6,6 +6,7 @@ A chunk of logits is made, scored, overwritten by its gradient, and used up by t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,20 @@ def find_chunks(num_rows: int, vocab_size: int, chunk_rows: int | None, spare_ro
         yield slice(first, min(first + step, num_rows))
 
 
+def _rows(tensor: Tensor, chunk: slice) -> Tensor:
+    """Return the rows of a chunk: the tensor itself where that is all of them, the rule for few rows.
+
+    What `find_chunks` yields has a start and a stop; a view takes the host three times as long as finding that out.
+    """
+    return tensor if chunk.stop - chunk.start == tensor.shape[0] else tensor[chunk]
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Return what turns autocast off, where it is on: to enter that context takes longer than to ask."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``left · right`` in ``dtype``, accumulated at least in fp32."""
     if left.dtype == dtype:
@@ -116,8 +131,8 @@ class _Products:
     def logits(self, chunk: slice) -> Tensor:
         """Return one chunk of logits."""
         if self.bias is None:
-            return self.hidden[chunk] @ self.weight.t()
-        return torch.addmm(self.bias, self.hidden[chunk], self.weight.t())
+            return _rows(self.hidden, chunk) @ self.weight.t()
+        return torch.addmm(self.bias, _rows(self.hidden, chunk), self.weight.t())
 
     def add(
         self, chunk: slice, dlogits: Tensor, row_scale: Tensor | None = None, scaled_hidden: Tensor | None = None
@@ -130,14 +145,14 @@ class _Products:
             row_scale: ``[N]``, what the rows are still to be multiplied by.
             scaled_hidden: ``[N, D]``, the hidden states, already multiplied by it.
         """
-        hidden = self.hidden[chunk] if scaled_hidden is None else scaled_hidden
+        hidden = _rows(self.hidden, chunk) if scaled_hidden is None else scaled_hidden
         if self.grad_hidden is not None:
             if self.shard is not None:
                 self._start_sum(chunk, _product(dlogits, self.weight, self.wide), self.shard)
             elif row_scale is not None:
-                scale_rows(_product(dlogits, self.weight, self.wide), row_scale, self.grad_hidden[chunk])
+                scale_rows(_product(dlogits, self.weight, self.wide), row_scale, _rows(self.grad_hidden, chunk))
             elif self.grad_hidden.dtype == dlogits.dtype:
-                torch.mm(dlogits, self.weight, out=self.grad_hidden[chunk])
+                torch.mm(dlogits, self.weight, out=_rows(self.grad_hidden, chunk))
             else:
                 self.grad_hidden[chunk] = dlogits @ self.weight
         if self.wants[1]:
@@ -197,7 +212,7 @@ def _score(logits: Tensor, targets: Targets, scores: Scores, with_gradient: bool
 
 def loss_and_gradients(layer: Layer, targets: Targets, plan: Plan, scores: Scores) -> Gradients:
     """Fill the ``scores``; return the wanted gradients, for an upstream of 1."""
-    with torch.autocast(layer.hidden.device.type, enabled=False):
+    with _without_autocast(layer.hidden):
         products = _Products(layer, plan, targets.shard)
         wanted = any(plan.wants)
         as_exponentials = wanted and products.bias is None and targets.shard is None
@@ -205,7 +220,11 @@ def loss_and_gradients(layer: Layer, targets: Targets, plan: Plan, scores: Score
             offsets = find_offsets(products.hidden, products.weight)
             for chunk in products.chunks:
                 factors = launch_exponentials(
-                    products.hidden[chunk], products.weight, offsets[chunk], targets.rows(chunk), scores.chunk(chunk)
+                    _rows(products.hidden, chunk),
+                    products.weight,
+                    _rows(offsets, chunk),
+                    targets.rows(chunk),
+                    scores.chunk(chunk),
                 )
                 products.add(chunk, *factors)
                 del factors  # before the next chunk is made
@@ -221,14 +240,14 @@ def loss_and_gradients(layer: Layer, targets: Targets, plan: Plan, scores: Score
 
 def gradients_from_scores(layer: Layer, targets: Targets, plan: Plan, scores: Scores, upstream: Tensor) -> Gradients:
     """Return the wanted gradients for an ``upstream [] or [N, K]``, from the ``scores`` of the forward."""
-    with torch.autocast(layer.hidden.device.type, enabled=False):
+    with _without_autocast(layer.hidden):
         # The forward, which wanted no gradients, had no spare rows: the same chunks give the same logits.
         products = _Products(layer, plan, targets.shard, spare=False)
         upstream = upstream.contiguous()
         for chunk in products.chunks:
             logits = products.logits(chunk)
             fill = launch_gradient if runs_kernels(logits) else torch_gradient
-            chunk_upstream = upstream if upstream.ndim == 0 else upstream[chunk]
+            chunk_upstream = upstream if upstream.ndim == 0 else _rows(upstream, chunk)
             fill(logits, logits, targets.rows(chunk), scores.chunk(chunk), chunk_upstream)
             products.add(chunk, logits)
             del logits  # before the next chunk is made

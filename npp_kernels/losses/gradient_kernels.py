@@ -203,12 +203,13 @@ def launch_gradient(
 
     With ``skip_unit``, ``grad`` holds the gradient for an upstream of 1 already. ``grad`` may be ``logits``.
     """
+    num_rows, vocab_size = logits.shape
     grid, block_vocab = _gradient_blocks(logits, IDLE_PROGRAMS if skip_unit else GRADIENT_PROGRAMS)
     rows = scores.rows[MAXIMUM:]
     scalar, per_target = scores.split_upstream(upstream)
     settings, shard = targets.settings, targets.shard
-    even = logits.shape[1] % block_vocab == 0
-    limited = even and targets.is_plain and logits.element_size() == 2 and targets.groups.shape[1] in LIMITED_SLOTS
+    even = vocab_size % block_vocab == 0
+    limited = even and logits.element_size() == 2 and targets.groups.shape[1] in LIMITED_SLOTS and targets.is_plain
     launch(
         _gradient_kernel,
         grid,
@@ -221,11 +222,11 @@ def launch_gradient(
         rows,
         scalar,
         per_target,
-        logits.shape[0],
+        num_rows,
         logits.stride(0),
         grad.stride(0),
         rows.stride(0),
-        logits.shape[1],
+        vocab_size,
         settings.ignore_index,
         settings.label_smoothing,
         settings.z_loss,

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from npp_kernels._autograd import first_order_only, refuse_transforms
+from npp_kernels._autograd import as_rows, first_order_only, refuse_transforms
 from npp_kernels._checks import check_floating, check_groups, check_id_range, check_same_device, described
 from npp_kernels._dispatch import runs_kernels
 from npp_kernels.losses.chunks import Gradients, Layer, Plan, gradients_from_scores, loss_and_gradients
@@ -53,7 +53,7 @@ def _scaled(grad: Tensor | None, upstream: Tensor) -> Tensor | None:
     if grad is None or grad.numel() == 0:
         return grad
     if runs_kernels(grad):
-        launch_scale(grad.view(-1, grad.shape[-1]), upstream)
+        launch_scale(as_rows(grad), upstream)
     # Where looking costs nothing, a gradient as large as the weight need not be multiplied by 1.
     elif grad.device.type != "cpu" or torch.compiler.is_compiling() or upstream.item() != 1:
         return grad * upstream
@@ -307,8 +307,10 @@ def linear_patch_cross_entropy(
         if bias.shape[0] != weight.shape[0]:
             raise ValueError(f"bias: expected [{weight.shape[0]}], one per row of weight, got {described(bias)}")
     device_type = hidden.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
-    if not torch.is_autocast_enabled(device_type):
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    else:
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.dtype != hidden.dtype:
                 raise TypeError(
@@ -325,10 +327,11 @@ def linear_patch_cross_entropy(
     refuse_transforms("linear_patch_cross_entropy")
     check_id_range(groups, vocab_size, ignore_index)
 
-    flat_groups = groups.reshape(-1, groups.shape[-1]).contiguous()
-    targets, _ = find_targets(flat_groups, options, hidden.new_empty(0, dtype=dtype), shard)
+    flat_groups = as_rows(groups).contiguous()
+    like = hidden if dtype == hidden.dtype else hidden.new_empty(0, dtype=dtype)
+    targets, _ = find_targets(flat_groups, options, like, shard)
     grad_enabled = torch.is_grad_enabled()
-    layer = Layer(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    layer = Layer(as_rows(hidden), weight, bias)
     wants_hidden, wants_weight, wants_bias = (
         grad_enabled and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )

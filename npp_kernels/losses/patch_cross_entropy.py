@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from npp_kernels._autograd import first_order_only, refuse_transforms, wants_backward
+from npp_kernels._autograd import as_rows, first_order_only, refuse_transforms, wants_backward
 from npp_kernels._checks import check_floating, check_groups, check_id_range, check_same_device, described, rows_overlap
 from npp_kernels._dispatch import runs_kernels
 from npp_kernels.losses.gradient_kernels import launch_gradient, launch_scale
@@ -52,7 +52,8 @@ def returned(ctx: Any, loss: Tensor | None, scores: Scores) -> tuple[Tensor, ...
     """Return the same from an autograd function."""
     ctx.set_materialize_grads(False)
     results = found(loss, scores)
-    ctx.mark_non_differentiable(*results[1:])
+    if len(results) > 1:
+        ctx.mark_non_differentiable(*results[1:])
     return results
 
 
@@ -72,7 +73,8 @@ def shaped_result(results: tuple[Tensor, ...], groups: Tensor) -> Tensor | tuple
 def handed_out(grad: Tensor) -> Tensor:
     """Return a saved gradient as one that the caller may change, without the change being seen as one of ours.
 
-    What is handed out becomes ``x.grad``, which ``x.grad.zero_()`` overwrites; a second backward computes anew.
+    What is handed out becomes ``x.grad``, which ``x.grad.zero_()`` overwrites; a second backward computes anew. Nor may
+    logits that were overwritten by their gradient be handed out themselves: they have a graph behind them.
     """
     return grad if torch.compiler.is_compiling() else grad.data
 
@@ -93,7 +95,7 @@ class _PatchCrossEntropy(torch.autograd.Function):
                     if inplace:
                         # Whoever saved these logits for a backward of its own must find out.
                         torch.autograd.graph.increment_version(logits)
-                if len(groups):
+                if groups.shape[0]:
                     loss = launch_loss(logits, grad, targets, scores, ticket)
             else:
                 torch_loss(logits, targets, scores)
@@ -127,7 +129,7 @@ class _PatchCrossEntropy(torch.autograd.Function):
                 torch_gradient(logits, grad, targets, scores, upstream)
             elif logits.numel():
                 launch_gradient(logits, grad, targets, scores, upstream, skip_unit=ready)
-        return handed_out(grad) if ready and not ctx.inplace else grad, *(None,) * 8
+        return handed_out(grad) if ready or ctx.inplace else grad, *(None,) * 8
 
 
 def patch_cross_entropy(
@@ -240,8 +242,8 @@ def patch_cross_entropy(
     refuse_transforms("patch_cross_entropy")
     check_id_range(groups, vocab_size, ignore_index)
 
-    flat_groups = groups.reshape(-1, groups.shape[-1]).contiguous()
-    flat_logits = logits.reshape(-1, logits.shape[-1])
+    flat_groups = as_rows(groups).contiguous()
+    flat_logits = as_rows(logits)
     if flat_logits.stride(-1) != 1:
         flat_logits = flat_logits.contiguous()
     targets, ticket = find_targets(flat_groups, options, logits, shard)

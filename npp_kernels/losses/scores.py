@@ -49,6 +49,8 @@ class Scores(NamedTuple):
 
     def chunk(self, rows: slice) -> Scores:
         """Return the scores of some rows."""
+        if rows.stop - rows.start == self.rows.shape[1]:
+            return self
         losses, probabilities, predictions = (None if part is None else part[rows] for part in self[1:])
         return Scores(self.rows[:, rows], losses, probabilities, predictions)
 

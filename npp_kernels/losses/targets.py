@@ -70,6 +70,8 @@ class Targets(NamedTuple):
 
     def rows(self, chunk: slice) -> Targets:
         """Return the targets of some rows."""
+        if chunk.stop - chunk.start == self.groups.shape[0]:
+            return self
         return self._replace(groups=self.groups[chunk])
 
     def constants(self) -> dict[str, Any]:
