@@ -430,9 +430,10 @@ def test_compiles_without_spills(case, target, tmp_path):
         registers, stack, local = resources(compiled, tmp_path)
         # A limit of ours was measured with Triton 3.6, which keeps to it without spills; 3.9 puts up to six registers
         # on the stack.
-        assert (stack <= (24 if "maxnreg" in arguments else 0), local) == (True, 0), (
-            f"spills: {stack} bytes of stack, {local} of local memory, {registers} registers"
-        )
+        allowed = 24 if "maxnreg" in arguments else 0
+        spilled = f"spills: {stack} bytes of stack, {local} of local memory, {registers} registers"
+        assert stack <= allowed, spilled
+        assert local == 0, spilled
 
 
 def test_a_capped_logit_is_rounded_before_it_is_used():

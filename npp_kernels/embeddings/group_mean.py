@@ -1,7 +1,9 @@
 """Gather-mean of token embeddings, and its reproducible backward.
 
-out[p] = 1/n_p · Σ_j table[g[p, j]]                    n_p: the ids of group p that are not ignored
-grad_table[v] = Σ_{p, j: g[p, j] = v} grad[p] / n_p
+    out[p] = 1/n_p · Σ_j table[g[p, j]]                    n_p: the ids of group p that are not ignored
+    grad_table[v] = Σ_{p, j: g[p, j] = v} grad[p] / n_p
+
+`mean_kernels` and `torch_path` compute that; here are a call's checks, its autograd function, and slices of a table.
 """
 
 from __future__ import annotations

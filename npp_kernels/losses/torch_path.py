@@ -118,6 +118,7 @@ def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
     indexed = scores.predictions is not None or not _may_look(logits)
     distances = torch.empty(ids.shape, dtype=wide, device=logits.device)  # of the targets, below the maximum
     smooth = torch.empty_like(scores.rows[REST]) if settings.label_smoothing is not None else None
+    by_id = targets.weights_by_id()
     below: Tensor | None = None
     for chunk in _chunks(logits):
         z = _capped(logits[chunk], targets, wide)
@@ -126,7 +127,7 @@ def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
         # The last chunk's memory again where that may be: fresh memory takes longer than to fill it.
         below = torch.sub(z, maximum, out=None if indexed or below is None else below[: len(z)])
         if smooth is not None:
-            smooth[chunk] = below.mean(1) if targets.class_weight is None else below @ targets.class_weight[:-1]
+            smooth[chunk] = below.mean(1) if by_id is None else below @ by_id
         if arg_max is None:
             rest = _rest_of(below.exp_())
         else:
