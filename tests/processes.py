@@ -16,10 +16,15 @@ def environment(device="cpu"):
     return variables if device == "cuda" else variables | {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def run_in(processes, *arguments, device="cpu", timeout=240):
-    """Run ``torchrun -m arguments`` in so many processes; return what they said."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    command = [sys.executable, "-m", *launcher, *map(str, arguments)]
+def torchrun(processes, program, *arguments):
+    """Return the command that runs a module, or a file, in so many processes."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "tests.rank"]
+    return [sys.executable, "-m", *launcher, str(program), *map(str, arguments)]
+
+
+def run_in(processes, program, *arguments, device="cpu", timeout=240):
+    """Run a module, or a file, in so many processes; return what they said."""
+    command = torchrun(processes, program, *arguments)
     result = subprocess.run(command, env=environment(device), capture_output=True, text=True, timeout=timeout, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-4000:]
     return result

@@ -267,7 +267,7 @@ def started_in(stack, folder, processes, *arguments, device="cpu"):
     """Start a run's processes without torchrun, which would end the others itself; what they say goes to files."""
     variables = environment(device) | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     variables["MASTER_PORT"] = str(free_port())
-    command, running = [sys.executable, "-m", "reference.train", *arguments], []
+    command, running = [sys.executable, "-m", "tests.rank", "reference.train", *arguments], []
     for rank in range(processes):
         own = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         said = stack.enter_context((folder / f"said-{rank}").open("w"))

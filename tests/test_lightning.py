@@ -13,7 +13,7 @@ from torch import nn
 
 from npp_kernels import PatchSchedule, group_mean, group_tokens, linear_patch_cross_entropy
 from npp_kernels.integrations.lightning import PatchStages
-from tests.processes import ROOT, environment
+from tests.processes import ROOT, environment, torchrun
 
 SCHEDULE = PatchSchedule([(2, 6), (1, 14)])
 OPTIONS = {"warmup_steps": 2, "decay_ratio": 0.5, "end_factor": 0.2}
@@ -269,8 +269,7 @@ torch.distributed.destroy_process_group()
 def test_two_ranks(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(script)]
+    command = torchrun(2, script)
     variables = environment() | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=180, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]

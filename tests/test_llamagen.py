@@ -3,8 +3,6 @@
 import copy
 import json
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,7 +19,7 @@ from npp_kernels.integrations.llamagen import (
     patch_inputs,
     patch_loss,
 )
-from tests.processes import ROOT, environment
+from tests.processes import run_in
 
 SIDE, VOCAB_SIZE, DIM = 8, 50, 16
 SIZE = {"vocab_size": VOCAB_SIZE, "block_size": SIDE**2, "dim": DIM, "n_layer": 2, "n_head": 2}
@@ -351,10 +349,7 @@ def test_two_ranks(tmp_path):
     """Averaged over two processes, sharded or not, the losses are the official formulation's, and the whole batch's."""
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(script)]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=180, cwd=ROOT)
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = run_in(2, script)
     assert result.stdout.count("equal") == 2
     expected = json.loads(result.stdout.partition("equal ")[2].splitlines()[0])
 

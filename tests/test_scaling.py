@@ -10,7 +10,7 @@ import torch
 
 from reference import communication, scaling
 from reference.communication import Model, images_that_hide, parts_that_hide, step_on_many
-from tests.processes import ROOT, environment, run_in
+from tests.processes import ROOT, environment, run_in, torchrun
 
 SMALL = ["--patches", "2,1", "--grid", "8", "--vocab-size", "64", "--compile", "off", "--steps", "2"]
 CELL = {
@@ -59,8 +59,7 @@ def test_every_way_is_measured_and_the_command_goes_on(tmp_path):
 
 def test_what_there_is_no_time_for_is_left(tmp_path):
     path = tmp_path / "scaling.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["reference.scaling", "--cells", "tiny:4", *SMALL, "--json", str(path)]
+    command = torchrun(2, "reference.scaling", "--cells", "tiny:4", *SMALL, "--json", path)
     # The first part takes longer than its limit.
     ended = subprocess.run(
         [*command, "--part-limit", "0.01"], capture_output=True, text=True, env=environment(), cwd=ROOT

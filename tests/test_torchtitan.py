@@ -255,7 +255,7 @@ def trained(scenarios, results, *, ranks=1, device_count=""):
         **environment(), "CUDA_VISIBLE_DEVICES": device_count, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost",
         "MASTER_PORT": port, "PYTHONWARNINGS": "default",
     }  # fmt: skip
-    command = [sys.executable, "-m", "tests.torchtitan_runs", ",".join(scenarios), str(results)]
+    command = [sys.executable, "-m", "tests.rank", "tests.torchtitan_runs", ",".join(scenarios), str(results)]
     processes = [
         subprocess.Popen(
             command, cwd=ROOT, env={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},

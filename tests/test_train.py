@@ -28,7 +28,7 @@ from reference.optimizer import AdamWConfig, FlatAdamW
 from reference.processes import STOPPED, only_run_in
 from reference.step import StepConfig, TrainStep
 from reference.torch_adamw import TorchAdamW
-from tests.processes import environment, kill_when, started, wait_until
+from tests.processes import environment, kill_when, run_in, started, torchrun, wait_until
 
 CONFIG = ModelConfig(
     vocab_size=37, grid=(4, 4), num_classes=5, dim=24, num_layers=2, num_heads=2, token_dropout=0.0, dropout=0.0,
@@ -371,8 +371,7 @@ def test_a_run_whose_reading_processes_are_signalled_too(tmp_path, number):
 
 
 def test_two_processes_stop_after_the_same_step(tmp_path):
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = [*launcher, "-m", "reference.train", *arguments_of(tmp_path, "--epochs", "5", "--checkpoint-every", "1000")]
+    _, _, *run = torchrun(2, "reference.train", *arguments_of(tmp_path, "--epochs", "5", "--checkpoint-every", "1000"))
     with started(*run) as process:
         wait_until(lambda: (tmp_path / "log.csv").exists() and len(logged(tmp_path)) > 1, process)
         process.send_signal(signal.SIGTERM)
@@ -431,10 +430,7 @@ def test_a_run_on_a_full_disk_says_so(tmp_path, capsys):
 @pytest.mark.parametrize("accumulate", ["1", "2"])
 def test_two_processes_train_like_one(tmp_path, accumulate):
     others = ("--epochs", "0.2", *WITHOUT_DROPOUT, "--evaluate-every", "16")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "reference.train", *arguments_of(tmp_path / "two", *others)]
-    command += ["--accumulate", accumulate]
-    subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=120)
+    run_in(2, "reference.train", *arguments_of(tmp_path / "two", *others), "--accumulate", accumulate, timeout=120)
     assert train.main(arguments_of(tmp_path / "one", *others)) == 0
     columns = ("step", "loss", "gradient_norm", "test_nll")
     two, one = logged(tmp_path / "two", columns), logged(tmp_path / "one", columns)

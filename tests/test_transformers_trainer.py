@@ -4,7 +4,6 @@ import json
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -258,8 +257,7 @@ def test_trl_with_an_adapter(tmp_path):
 
 
 TWO_RANKS = """
-import json, sys, warnings
-sys.path.insert(0, {root!r})
+import json, warnings
 warnings.simplefilter("ignore")
 import torch
 from tests.test_transformers_trainer import LONG, ONE_BY_ONE, figures, sharded, train
@@ -301,7 +299,8 @@ def sharded():
 
 def on_two_ranks(path):
     """Return for each of three runs on two gloo ranks the norms of the weights, and the steps that were logged."""
-    program = TWO_RANKS.format(root=str(Path(__file__).parents[1]), path=str(path))
+    program = path / "ranks.py"
+    program.write_text(TWO_RANKS.format(path=str(path)))
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -309,8 +308,9 @@ def on_two_ranks(path):
     for rank in range(2):
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         processes.append(subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "tests.rank", str(program)], cwd=path, text=True,
             env={**environment(), **{name: str(value) for name, value in variables.items()}},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         ))  # fmt: skip
     results = []
     for process in processes:

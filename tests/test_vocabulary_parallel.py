@@ -47,7 +47,7 @@ def run_ranks(world, device, folder, seed):
     try:
         for rank in range(world):
             warnings = [] if device == "cuda" else WARNINGS
-            command = [sys.executable, *warnings, "-m", "tests.vocabulary_ranks"]
+            command = [sys.executable, *warnings, "-m", "tests.rank", "tests.vocabulary_ranks"]
             with (folder / f"{rank}.log").open("w") as log:
                 arguments = [*command, str(rank), str(world), str(folder), str(seed), device]
                 processes.append(subprocess.Popen(arguments, env=variables, cwd=ROOT, stdout=log, stderr=log))
