@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 
 from bench import accuracy
-from bench.records import read_results
-from bench.report import write_report
-from bench.tables import fill_sections
+from bench.reporting.records import read_results
+from bench.reporting.report import write_report
+from bench.reporting.tables import fill_sections
 
 HERE = Path(__file__).resolve().parent
 

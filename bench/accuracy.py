@@ -9,13 +9,12 @@ Results go to ``bench/results/accuracy-NAME.json`` and, as tables, between the m
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,118 +25,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 import npp_kernels
-from bench.contenders import BY_NAME
-from bench.exact import exact_rows, half_ulps
-from bench.session import cpu_name, resolve_device, versions
-from bench.shapes import Workload
+from bench.cases.accuracy_cases import (
+    DTYPES,
+    LINEAR,
+    LOSS,
+    OPTIONS,
+    OURS,
+    PYTORCH,
+    Case,
+    cases_of,
+)
+from bench.cases.contenders import BY_NAME
+from bench.cases.exact import exact_rows, half_ulps
+from bench.cases.shapes import Workload
+from bench.reporting.accuracy_page import fill_page
+from bench.reporting.accuracy_records import Record, read_records, write_records
+from bench.timing.session import cpu_name, resolve_device, versions
 from npp_kernels._dispatch import INTERPRETED
 
 HERE = Path(__file__).resolve().parent
-OURS, PYTORCH = "npp_kernels", "PyTorch"
-LOSS, LINEAR, MEAN = "patch_cross_entropy", "linear_patch_cross_entropy", "group_mean"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OFFSETS = (0.0, 100.0, 1000.0, 1e5, 1e8)
-GAPS = (0.0, 5.0, 10.0, 15.0, 20.0, 24.0, 30.0)
-OPTIONS: dict[str, dict[str, Any]] = {
-    "label smoothing": {"label_smoothing": 0.1},
-    "z-loss": {"z_loss": 0.01},
-    "softcap": {"softcap": 30.0},
-    "all three": {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 30.0},
-    "class weights": {"class_weight": None, "label_smoothing": 0.1},  # drawn for the vocabulary, see `_options`
-}
 PEERS = {LOSS: {"liger": "Liger", "quack": "QuACK"}, LINEAR: {"liger": "Liger", "quack_linear": "QuACK"}}
-# The elements of logits that a case has, the most rows, and the vocabularies.
-SIZES = {"cpu": (2**21, 10_000), "cuda": (2**25, 16_384), "interpreter": (2**12, 64)}
-VOCAB_SIZES = {"cpu": (2, 33, 512, 50_257, 262_144), "cuda": (2, 33, 512, 50_257, 262_144), "interpreter": (2, 33, 600)}
 PEER_VOCAB_SIZES = (512, 1000, 16_384, 262_144)
-SINGLE_VOCAB_SIZE = {"cpu": 512, "cuda": 512, "interpreter": 33}
-WIDE_VOCAB_SIZE = 2**15  # from here on, fewer offsets and gaps
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation on one set of inputs."""
-
-    operation: str
-    dtype: str
-    vocab_size: int
-    rows: int
-    group_size: int = 1
-    hidden_size: int = 0
-    offset: float = 0.0  # added to every logit
-    gap: float | None = None  # how far the first target stands above logits of deviation 0.5; None: deviation 3, no gap
-    option: str = ""  # of `OPTIONS`
-
-
-@dataclass(frozen=True)
-class Record:
-    """The errors of one result of one contender, absolute, against fp64."""
-
-    case: Case
-    contender: str
-    quantity: str
-    elements: int
-    largest: float
-    mean: float
-    rounding_largest: float  # what one rounding of the exact result to its dtype may take
-    rounding_mean: float
-    value: float  # the mean of the result
-    exact_value: float  # the mean of the exact result
-    relative: float  # the error's norm over the exact result's
-    wrong_sign: float | None = None  # losses below 0; gradients at the target above 0: the share of rows
-    zero: float | None = None  # losses of 0
-    row_sum: float | None = None  # the largest sum of a row of the gradient, over the sum of its magnitudes
-
-
-# --- cases ---
-
-
-def _rows(kind: str, vocab_size: int, group_size: int = 1) -> int:
-    elements, rows = SIZES[kind]
-    return max(min(elements // (vocab_size * group_size), rows), 4)
-
-
-def _loss_cases(kind: str, dtypes: Sequence[str]) -> Iterator[Case]:
-    small = SINGLE_VOCAB_SIZE[kind]
-    for dtype in dtypes:
-        offsets = [offset for offset in OFFSETS if offset <= torch.finfo(DTYPES[dtype]).max]
-        # On a GPU most of the time goes into compiling: 16 bit is bf16 there, and fp16 one vocabulary.
-        few = kind == "cuda" and dtype == "fp16"
-        for vocab_size in (small,) if few else VOCAB_SIZES[kind]:
-            case, wide = Case(LOSS, dtype, vocab_size, _rows(kind, vocab_size)), vocab_size >= WIDE_VOCAB_SIZE
-            yield from (replace(case, offset=offset) for offset in offsets if not wide or offset in (0.0, 1000.0, 1e8))
-            yield from (replace(case, gap=gap) for gap in GAPS if not wide or gap in (20.0, 30.0))
-            if not wide:
-                yield from (replace(case, gap=gap, offset=1000.0) for gap in (10.0, 20.0))
-        for group_size in () if few else (4, 16):
-            case = Case(LOSS, dtype, small, _rows(kind, small, group_size), group_size)
-            yield from (replace(case, offset=offset) for offset in offsets)
-            yield from (replace(case, gap=gap) for gap in (10.0, 20.0))
-        for option in () if few else OPTIONS:
-            case = Case(LOSS, dtype, small, _rows(kind, small, 4), 4, option=option)
-            yield from (replace(case, offset=offset) for offset in (0.0, 1000.0))
-
-
-def _linear_cases(kind: str, dtypes: Sequence[str]) -> Iterator[Case]:
-    vocab_size, rows, hidden_size = (67, 16, 16) if kind == "interpreter" else (1000, 512, 64)
-    for dtype in dtypes:
-        for group_size in (1, 4):
-            case = Case(LINEAR, dtype, vocab_size, rows, group_size, hidden_size)
-            yield from (replace(case, gap=gap) for gap in (None, *GAPS))
-    if kind == "cuda":  # so large that exponentials take the place of logits on a Hopper GPU
-        yield from (Case(LINEAR, "bf16", 16_384, 4096, 1, 768, gap=gap) for gap in (None, *GAPS))
-
-
-def cases_of(kind: str, *, quick: bool = False) -> list[Case]:
-    """Return what is measured on a kind of device: "cpu", "cuda" or "interpreter"."""
-    dtypes = ["fp32", "fp16"] if kind == "interpreter" else list(DTYPES)  # the interpreter truncates bf16
-    if quick:
-        loss = Case(LOSS, "fp32", 33, 16, 2)
-        cases = [loss, replace(loss, offset=1000.0), replace(loss, gap=20.0), replace(loss, option="z-loss")]
-        return [*cases, Case(LINEAR, "fp32", 33, 16, 2, 8, gap=10.0), Case(MEAN, "fp16", 20, 16, 4, 8)]
-    cases = [*_loss_cases(kind, dtypes), *_linear_cases(kind, dtypes)]
-    rows, hidden_size = (16, 32) if kind == "interpreter" else (4096, 256)
-    return cases + [Case(MEAN, dtype, 500, rows, size, hidden_size) for dtype in dtypes for size in (1, 4, 16)]
 
 
 # --- inputs, and who computes them ---
@@ -349,34 +257,8 @@ def measure(case: Case, device: torch.device) -> list[Record]:
     ]
 
 
-def read_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
-    """Read what was written: what it was made on and with, and the records."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return content["about"], [
-        Record(Case(**entry["case"]), **result) for entry in content["cases"] for result in entry["results"]
-    ]
-
-
-def _written(record: Record) -> dict[str, Any]:
-    """Return a record without its case, and figures with four digits."""
-    fields = {name: value for name, value in vars(record).items() if name != "case" and value is not None}
-    return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in fields.items()}
-
-
-def write_records(path: Path, about: dict[str, Any], records: Sequence[Record]) -> None:
-    """Write what `read_records` reads: a line for each case."""
-    by_case: dict[Case, list[dict[str, Any]]] = {}
-    for record in records:
-        by_case.setdefault(record.case, []).append(_written(record))
-    lines = [json.dumps({"case": asdict(case), "results": results}) for case, results in by_case.items()]
-    text = ",\n".join(lines)
-    path.write_text(f'{{"about": {json.dumps(about)}, "cases": [\n{text}\n]}}\n', encoding="utf-8")
-
-
 def main(arguments: list[str]) -> int:
     """Do what the command line asks for; return the exit status."""
-    from bench.accuracy_page import fill_page
-
     parser = argparse.ArgumentParser(
         "python -m bench accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

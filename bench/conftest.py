@@ -11,8 +11,8 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from bench.contenders import absent_packages
-from bench.session import Session, resolve_device
+from bench.cases.contenders import absent_packages
+from bench.timing.session import Session, resolve_device
 
 SESSION = pytest.StashKey[Session]()
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from reference.model import SIZES, ModelConfig, Transformer
+from reference.network.model import SIZES, ModelConfig, Transformer
 from reference.sample import Sampler, positive
 
 WAYS = ("kernels", "plain", "compiled")

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from bench.contenders import BY_NAME, CONTENDERS, Contender
-from bench.records import Record, Refusal
-from bench.session import Session, resolve_device
-from bench.shapes import Workload, selection
+from bench.cases.contenders import BY_NAME, CONTENDERS, Contender
+from bench.cases.shapes import Workload, selection
+from bench.reporting.records import Record, Refusal
+from bench.timing.session import Session, resolve_device
 
 # Compilers and other packages warn as they please: their warnings are shown, but no reason not to time them.
 pytestmark = pytest.mark.filterwarnings("default")

@@ -11,9 +11,10 @@ trains, for every seed, from the same weights and on the same data order:
     plain, same seconds      stopped at the seconds that the slower of the two took, with the same seed
 
 Every way has learning rates that belong to its own length. Seconds are those of training: without evaluations and
-checkpoints, the steps that compile and capture counted as long as later ones (`reference.train.Clock`).
+checkpoints, the steps that compile and capture counted as long as later ones (`reference.training.clock`).
 
-``--samples 10000`` also scores samples of every run, at each of ``--guidance-scales`` (`reference.sample_scores`).
+``--samples 10000`` also scores samples of every run, at each of ``--guidance-scales``
+(`reference.comparison.sample_scores`).
 
 The folder holds ``results.json``, which is whole at any moment, ``samples.jsonl``, ``report.md`` and plots. The same
 command goes on where it was stopped, or killed, and trains nothing twice; ``--budget`` stops it after so many seconds;
@@ -35,17 +36,17 @@ from typing import Any
 import torch
 
 from npp_kernels import PatchSchedule
-from reference import sample_report
-from reference.codes import load_dataset, load_tokenizer
-from reference.config import TrainConfig, options_parser, read_options, require_data
-from reference.journal import Budget, Journal
-from reference.log import read_log
-from reference.model import ModelConfig
-from reference.outcomes import Outcome, Results, plot, read_results, report
-from reference.processes import Stopped, only_run_in, process_group
-from reference.sample_scores import SampleObserver
+from reference.comparison import sample_report
+from reference.comparison.journal import Budget, Journal
+from reference.comparison.outcomes import Outcome, Results, plot, read_results, report
+from reference.comparison.sample_scores import SampleObserver
+from reference.network.model import ModelConfig
 from reference.score import feature_network
+from reference.tokens.codes import load_dataset, load_tokenizer
 from reference.train import Run
+from reference.training.config import TrainConfig, options_parser, read_options, require_data
+from reference.training.log import read_log
+from reference.training.processes import Stopped, only_run_in, process_group
 
 EVALUATIONS = 12  # points of the curve of full plain training
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0)  # of samples
@@ -95,7 +96,7 @@ WAYS = (
 def operations(schedule: PatchSchedule, model: ModelConfig) -> int:
     """Return the operations of a run for each image of a batch, forward and backward.
 
-    >>> from reference.model import ModelConfig
+    >>> from reference.network.model import ModelConfig
     >>> schedule = PatchSchedule.coarse_to_fine(levels=2, total_steps=1000)
     >>> round(operations(schedule, ModelConfig.named("B")) / (1000 * ModelConfig.named("B").training_flops(1)), 3)
     0.623

@@ -23,9 +23,9 @@ from typing import Any
 import matplotlib
 import torch
 
-from reference.checkpoint import write_json
-from reference.data_parallel import divided
-from reference.model import ModelConfig, Transformer
+from reference.network.model import ModelConfig, Transformer
+from reference.training.checkpoint import write_json
+from reference.training.data_parallel import divided
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

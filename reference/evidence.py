@@ -24,12 +24,12 @@ import numpy as np
 import torch
 
 from reference import language
-from reference.checkpoint import written_whole
 from reference.claim import GUIDANCE_SCALES, TWO_LEVELS, WAYS, Way, run_comparison
-from reference.config import PRESETS, TrainConfig
-from reference.evidence_report import write_reports
-from reference.journal import Budget
-from reference.processes import Stopped, process_group
+from reference.comparison.evidence_report import write_reports
+from reference.comparison.journal import Budget
+from reference.training.checkpoint import written_whole
+from reference.training.config import PRESETS, TrainConfig
+from reference.training.processes import Stopped, process_group
 
 SAME_OPERATIONS = WAYS[3]
 THREE_WAYS = (WAYS[0], TWO_LEVELS, SAME_OPERATIONS)
@@ -43,7 +43,7 @@ class Part:
     """One comparison: what is trained, and how it is scored."""
 
     title: str
-    data: str  # a form of reference.codes, with a file in the folder of the data
+    data: str  # a form of reference.tokens.codes, with a file in the folder of the data
     config: TrainConfig
     ways: tuple[Way, ...] = WAYS
     seeds: tuple[int, ...] = (0, 1, 2)

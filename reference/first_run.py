@@ -25,17 +25,17 @@ from pathlib import Path
 
 import torch
 
-from reference import sample_report
-from reference.checkpoint import load_model
 from reference.claim import Way, compare
-from reference.codes import load_tokenizer
-from reference.config import PRESETS, TrainConfig
-from reference.journal import Budget, Journal
-from reference.outcomes import Outcome, plot, table
-from reference.processes import process_group
+from reference.comparison import sample_report
+from reference.comparison.journal import Budget, Journal
+from reference.comparison.outcomes import Outcome, plot, table
+from reference.comparison.sample_scores import SampleObserver
 from reference.sample import Sampler, save_grid
-from reference.sample_scores import SampleObserver
 from reference.score import feature_network
+from reference.tokens.codes import load_tokenizer
+from reference.training.checkpoint import load_model
+from reference.training.config import PRESETS, TrainConfig
+from reference.training.processes import process_group
 
 SAMPLES_PER_CLASS = 8
 

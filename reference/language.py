@@ -3,7 +3,7 @@
     python -m reference.language --seconds 40 --seeds 0,1,2 --output runs/language
 
 trains, for every seed, a `LlamaForCausalLM` of transformers through `npp_kernels.integrations.transformers`, each way
-for as many seconds of training, on sources of Python packages (`reference.corpus`):
+for as many seconds of training, on sources of Python packages (`reference.tokens.corpus`):
 
     plain        next-token training
     PatchTrain   patches of 4 tokens for two thirds of the data, each example a quarter of the positions; then tokens
@@ -33,12 +33,12 @@ from torch import Tensor
 from npp_kernels import PatchSchedule, StepGraph
 from npp_kernels.integrations.transformers import apply
 from reference.claim import device_name, versions
-from reference.corpus import Corpus, load_corpus
-from reference.journal import Budget, Journal
-from reference.language_report import write_report
-from reference.processes import Stopped, process_group
-from reference.step import SETUP_STEPS
+from reference.comparison.journal import Budget, Journal
+from reference.comparison.language_report import write_report
+from reference.tokens.corpus import Corpus, load_corpus
 from reference.train import Clock
+from reference.training.processes import Stopped, process_group
+from reference.training.step import SETUP_STEPS
 
 EVALUATIONS = 8  # of each run
 TIMED_STEPS = 20  # of each kind, before the first run

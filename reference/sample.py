@@ -12,7 +12,7 @@ the tokenizer's decoder: int64 tokens ``[B, H, W]`` on the model's device in, fl
 1 out. Classes take turns, since the evaluator computes the Inception Score on stretches of 5,000 images.
 
 One step reads a key-value cache of fixed size, draws all ids on the device and moves the position on by itself. On a
-GPU its kernels (`reference.decoding`) are captured once as a CUDA graph, which is replayed for every token.
+GPU its kernels (`reference.sampling.decoding`) are captured once as a CUDA graph, which is replayed for every token.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from reference.checkpoint import load_latest, load_model, read
-from reference.choosing import Drawing, draw, filter_logits
-from reference.codes import load_tokenizer
-from reference.decoding import Decoding, serves
-from reference.model import KeyValueCache, Transformer
+from reference.network.model import KeyValueCache, Transformer
+from reference.sampling.choosing import Drawing, draw, filter_logits
+from reference.sampling.decoding import Decoding, serves
+from reference.tokens.codes import load_tokenizer
+from reference.training.checkpoint import load_latest, load_model, read
 
 TILE_SIZE = 64  # pixels of a sample in the grid, at least
 TILE_GAP = 4
@@ -48,7 +48,7 @@ WARM_UP_STEPS = 3  # before a capture: kernels are compiled, libraries set thems
 class Sampler:
     """Samples batches of one size from one model, with one set of options.
 
-    >>> from reference.model import ModelConfig
+    >>> from reference.network.model import ModelConfig
     >>> model = Transformer(ModelConfig.named("tiny", vocab_size=512, grid=(4, 4), num_classes=10))
     >>> sampler = Sampler(model, batch_size=2, guidance=2.0, top_k=100)
     >>> sampler(torch.tensor([3, 7, 7]), torch.Generator().manual_seed(0)).shape
@@ -60,8 +60,9 @@ class Sampler:
         guidance: scale of classifier-free guidance, ``uncond + guidance · (cond − uncond)``; at 1 the unconditional
             half is not computed.
         temperature: divides the logits; at least 1e-6.
-        top_k, top_p: as for `reference.choosing.filter_logits`.
-        fast: whether the kernels of `reference.decoding` may serve it; they do on a GPU, for a model that is ``fast``.
+        top_k, top_p: as for `reference.sampling.choosing.filter_logits`.
+        fast: whether the kernels of `reference.sampling.decoding` may serve it; they do on a GPU, for a model that
+            is ``fast``.
 
     Raises:
         ValueError: an option out of range.
@@ -285,7 +286,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", choices=("average", "raw"), default="average", help="the moving average, where the run kept one"
     )
     parser.add_argument(
-        "--data", help="data set of the tokens, as reference.codes names it; that of the run by default"
+        "--data", help="data set of the tokens, as reference.tokens.codes names it; that of the run by default"
     )
     parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; that of the run by default")
     parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits")

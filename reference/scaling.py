@@ -38,13 +38,13 @@ import torch
 import torch.distributed as dist
 from torch.autograd import DeviceType
 
-from reference.checkpoint import write_json
-from reference.data_parallel import DataParallelAdamW
-from reference.model import SIZES, ModelConfig, Transformer
-from reference.optimizer import AdamWConfig
-from reference.processes import process_group
-from reference.step import SETUP_STEPS, StepConfig, TrainStep
+from reference.network.model import SIZES, ModelConfig, Transformer
 from reference.step_time import listed, step_times
+from reference.training.checkpoint import write_json
+from reference.training.data_parallel import DataParallelAdamW
+from reference.training.optimizer import AdamWConfig
+from reference.training.processes import process_group
+from reference.training.step import SETUP_STEPS, StepConfig, TrainStep
 
 WAYS = {"one": "none", "replicated": "replicated", "sharded": "sharded", "ddp": "ddp"}  # and StepConfig's names
 CELLS = "B:128,B:256,XL:64,XXL:32"  # models, and images of a GPU

@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from npp_kernels import group_tokens
-from reference.checkpoint import load_model
-from reference.codes import TokenDataset, load_dataset, load_tokenizer
-from reference.model import Transformer
+from reference.network.model import Transformer
 from reference.sample import DTYPES, Sampler, add_model_arguments, describe_weights, load_sampler, run_settings
 from reference.tokenizer import Tokenizer
+from reference.tokens.codes import TokenDataset, load_dataset, load_tokenizer
+from reference.training.checkpoint import load_model
 
 FEATURE_SIZE = 224  # pixels of EfficientNet-Lite0's input
 FEATURE_MEAN, FEATURE_SCALE = 127.0, 128.0  # its training took (pixel − 127) / 128
@@ -61,7 +61,7 @@ def held_out_likelihood(
 ) -> Likelihood:
     """Compute the exact negative log likelihood of all images, token by token given their class.
 
-    >>> from reference.model import ModelConfig
+    >>> from reference.network.model import ModelConfig
     >>> data = load_dataset("embedded", "test")
     >>> model = Transformer(ModelConfig.named("tiny", vocab_size=512, num_classes=10))
     >>> round(held_out_likelihood(model, data).bits_per_token, 5)  # log2(512): the output layer starts at zero

@@ -42,10 +42,10 @@ import torch
 from tqdm import tqdm
 
 from npp_kernels import PatchSchedule
-from reference.checkpoint import write_json
-from reference.model import SIZES, ModelConfig, Transformer
-from reference.optimizer import AdamWConfig
-from reference.step import SETUP_STEPS, StepConfig, TrainStep
+from reference.network.model import SIZES, ModelConfig, Transformer
+from reference.training.checkpoint import write_json
+from reference.training.optimizer import AdamWConfig
+from reference.training.step import SETUP_STEPS, StepConfig, TrainStep
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -19,7 +19,6 @@ in another number of processes. Where one is lost, the others say so within a mi
 from __future__ import annotations
 
 import errno
-import functools
 import math
 import sys
 import time
@@ -32,98 +31,31 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from npp_kernels import PatchSchedule, Stage
-from reference import checkpoint
-from reference.codes import ArrayDataset, TokenDataset, load_dataset
-from reference.config import FREE_TO_CHANGE, TrainConfig, parse
-from reference.heartbeat import Heartbeat
-from reference.log import COLUMNS, Log
-from reference.model import Transformer
-from reference.processes import STOPPED, Stopped, Termination, leave_stopping_to_the_run, only_run_in, process_group
-from reference.step import SETUP_STEPS, Progress, TrainStep
+from reference.network.model import Transformer
+from reference.tokens.batches import Batches
+from reference.tokens.codes import ArrayDataset, load_dataset
+from reference.training import checkpoint
+from reference.training.clock import Clock
+from reference.training.config import FREE_TO_CHANGE, TrainConfig, parse
+from reference.training.heartbeat import Heartbeat
+from reference.training.log import COLUMNS, Log
+from reference.training.processes import (
+    STOPPED,
+    Stopped,
+    Termination,
+    leave_stopping_to_the_run,
+    only_run_in,
+    process_group,
+)
+from reference.training.step import Progress, TrainStep
 
 EXPECTED = {errno.ENOSPC, errno.EDQUOT, errno.EAGAIN}  # the disk is full, or another run is in the folder
 # Logits of an evaluation's batch: what a CPU's caches do not suffer from, and what keeps a GPU busy (512 MB in fp32).
 EVALUATED_LOGITS = {"cpu": 2**23, "cuda": 2**27}
-
-
-class Batches(Dataset[tuple[Tensor, Tensor]]):
-    """Maps a step of the run to its batch, from the seed and the step alone: tokens ``[B, H, W]``, labels ``[B]``.
-
-    Args:
-        dataset: images in variants.
-        batch_size: images of a step over all processes.
-        seed: of the order, which is another one in each epoch; a last incomplete batch is left out.
-        rank: this process, of ``processes``; each reads its own part of every batch.
-    """
-
-    def __init__(self, dataset: TokenDataset, batch_size: int, seed: int, rank: int = 0, processes: int = 1) -> None:
-        if not 1 <= batch_size <= len(dataset):
-            raise ValueError(f"batch_size: expected 1 to the {len(dataset)} images of the data, got {batch_size}")
-        if batch_size % processes:
-            raise ValueError(f"batch_size: expected a multiple of {processes} processes, got {batch_size}")
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.seed = seed
-        self.part = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
-        self.steps_per_epoch = len(dataset) // batch_size
-
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = _order_of_epoch(self.seed, epoch, len(self.dataset))
-        indices = order[place * self.batch_size : (place + 1) * self.batch_size]
-        return self.dataset.batch(indices[self.part], epoch=epoch)
-
-
-@functools.lru_cache(maxsize=2)
-def _order_of_epoch(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    # The third number keeps the order apart from other draws of the same seed and epoch, such as the augmentation's.
-    return np.random.default_rng((seed, epoch, 1)).permutation(num_images)
-
-
-class Clock:
-    """The seconds that a run trains; evaluations and checkpoints, between `stop` and `start`, are left out.
-
-    On a GPU the first steps of a stage compile and capture. They count as long as the steps after them take, so that no
-    stage seems shorter than it is; what they took is kept apart.
-    """
-
-    def __init__(self, device: torch.device, seconds: float, setup_seconds: float) -> None:
-        self._device = device
-        self._setup_steps = SETUP_STEPS if device.type == "cuda" else 0
-        self.seconds = seconds
-        self.setup_seconds = setup_seconds  # of the steps that compiled and captured
-        self._steps_at_patch = 0
-        self._uncounted = 0  # steps whose time is not in `seconds` yet
-        self.start()
-
-    def start(self) -> None:
-        """Go on after a pause."""
-        self._timed_steps, self._started = 0, time.perf_counter()
-
-    def count(self, *, new_stage: bool) -> None:
-        """Count a step that was just launched."""
-        self._steps_at_patch = 1 if new_stage else self._steps_at_patch + 1
-        self._timed_steps += 1
-        self._uncounted += 1
-        if self._steps_at_patch == self._setup_steps:
-            torch.cuda.synchronize(self._device)
-            self.setup_seconds += time.perf_counter() - self._started
-            self.start()
-
-    def stop(self) -> float:
-        """Take the time of the steps since `start`, all of them finished; return how many there were in a second."""
-        elapsed = time.perf_counter() - self._started
-        if self._steps_at_patch < self._setup_steps:
-            self.setup_seconds += elapsed
-        elif self._timed_steps:
-            self.seconds += elapsed / self._timed_steps * self._uncounted
-            self._uncounted = 0
-        return self._timed_steps / elapsed
 
 
 class Run:

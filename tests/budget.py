@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.exact import half_ulps
+from bench.cases.exact import half_ulps
 
 LARGEST_SLACK = 2.0
 MEAN_SLACK = 2.0

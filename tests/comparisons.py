@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from reference.outcomes import Outcome
+from reference.comparison.outcomes import Outcome
 
 
 def outcome_of(way, seed, nll, seconds, *, levels=1, steps=100, cost=1.0):

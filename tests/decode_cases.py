@@ -1,7 +1,7 @@
 """The kernels of decoding as tests/test_ahead_of_time.py compiles them: LlamaGen-B and XL, with guidance."""
 
 from npp_kernels._dispatch import next_power_of_2
-from reference import choosing, decode_kernels
+from reference.sampling import choosing, decode_kernels
 
 
 def multiply_arguments(dim, rows=64, *, norm=False, gated=False, residual=False, dtype="bf16"):

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 from npp_kernels import PatchSchedule, group_tokens
-from reference.checkpoint import load_latest
-from reference.codes import load_dataset
-from reference.model import ModelConfig, Transformer
+from reference.network.model import ModelConfig, Transformer
+from reference.tokens.codes import load_dataset
+from reference.training.checkpoint import load_latest
 from tests.processes import ROOT
 
 SMOOTHED = 20  # steps of a curve that are averaged before curves are compared

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-import reference.data_parallel
-from reference.model import ModelConfig, Transformer
-from reference.optimizer import AdamWConfig
-from reference.processes import process_group
-from reference.step import StepConfig, TrainStep
+import reference.training.data_parallel
+from reference.network.model import ModelConfig, Transformer
+from reference.training.optimizer import AdamWConfig
+from reference.training.processes import process_group
+from reference.training.step import StepConfig, TrainStep
 
 # Every parameter's size is a multiple of 64, as the attention's kernels on a GPU want it; no dropout, so that the
 # numbers do not depend on who draws. Buckets of 20,000 make four of it.
@@ -96,7 +96,7 @@ def whole(tensor):
 
 
 def main():
-    reference.data_parallel.BUCKET_SIZE = BUCKET_SIZE
+    reference.training.data_parallel.BUCKET_SIZE = BUCKET_SIZE
     folder, *ways = sys.argv[1:]
     with process_group() as device:
         for way in ways or WAYS:

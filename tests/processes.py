@@ -8,11 +8,14 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 
 
 def environment(device="cpu"):
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # As many threads as here: in another number, sums on the CPU end in other bits.
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return variables if device == "cuda" else variables | {"CUDA_VISIBLE_DEVICES": ""}
 
 

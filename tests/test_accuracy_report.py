@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import bench.accuracy
-from bench import accuracy_page
-from bench.accuracy import LINEAR, LOSS, OURS, PYTORCH, Case, cases_of, measure, read_records, write_records
-from bench.contenders import BY_NAME
-from bench.exact import exact_rows, half_ulps
+from bench.accuracy import measure
+from bench.cases.accuracy_cases import GAPS, LINEAR, LOSS, OURS, PYTORCH, Case, cases_of
+from bench.cases.contenders import BY_NAME
+from bench.cases.exact import exact_rows, half_ulps
+from bench.reporting import accuracy_page
+from bench.reporting.accuracy_records import read_records, write_records
 from tests.conftest import INTERPRETED
 
 CPU = torch.device("cpu")
@@ -147,5 +149,5 @@ def test_a_page_without_markers_is_refused(tmp_path):
 def test_the_large_cases_have_a_table_of_their_own():
     records = measure(Case(LINEAR, "fp32", 40, 4096, 1, 8, gap=10.0), CPU)
     about = {"device": "a GPU", "versions": {}, "date": "2026-11-25"}
-    one_gap = [replace(r, case=replace(r.case, gap=gap)) for r in records for gap in bench.accuracy.GAPS]
+    one_gap = [replace(r, case=replace(r.case, gap=gap)) for r in records for gap in GAPS]
     assert "4096 rows in bf16" in accuracy_page.section(about, one_gap)

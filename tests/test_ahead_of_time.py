@@ -36,7 +36,8 @@ from npp_kernels.embeddings.mean_kernels import (
 )
 from npp_kernels.embeddings.patch_mean import _patch_mean_kernel
 from npp_kernels.losses import exponential_rows, exponentials, gradient_kernels, row_kernels, shard_kernels, targets
-from reference import attention, optimizer, swiglu
+from reference.network import attention, swiglu
+from reference.training import optimizer
 from tests.conftest import INTERPRETED
 from tests.decode_cases import DECODE_CASES, HOPPER_DECODE_CASES
 

@@ -5,9 +5,9 @@ import doctest
 import pytest
 import torch
 
-import reference.attention
+import reference.network.attention
 from npp_kernels._dispatch import INTERPRETED, is_hopper
-from reference.attention import attend, rotary_attention, rotary_embedding
+from reference.network.attention import attend, rotary_attention, rotary_embedding
 
 # Images, positions, heads, channels of a head, width of the grid: whole in one tile or not, with and without a rest.
 SHAPES = [
@@ -48,7 +48,7 @@ def value_and_gradient(function, qkv, grad):
 
 
 def test_docstrings_run():
-    assert doctest.testmod(reference.attention).failed == 0
+    assert doctest.testmod(reference.network.attention).failed == 0
 
 
 # The interpreter has no products of bf16. PyTorch warns where the first product of a process is in a backward.
@@ -74,7 +74,7 @@ def test_the_kernels_serve_short_sequences_of_16_bit_numbers(device, monkeypatch
         called.append(arguments[0].shape)
         return real(*arguments)
 
-    monkeypatch.setattr(reference.attention, "rotary_attention", counted)
+    monkeypatch.setattr(reference.network.attention, "rotary_attention", counted)
     runs = INTERPRETED or is_hopper(torch.empty(0, device=device))
     for shape, dtype, served in [
         ((1, 16, 1, 64, 4), torch.float16, True),

@@ -7,17 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import contenders, tables
-from bench.clocks import CpuClock, turns
-from bench.contenders import CONTENDERS, Contender
-from bench.goals import goals, goals_table
-from bench.inputs import make_inputs, real_tokens, spread, uniform_tokens
-from bench.limits import Limits, demands
-from bench.measure import Measurement
-from bench.oracle import RejectedError, check_result, errors, expected
-from bench.records import Journal, Record, Refusal, Results, read_results
-from bench.report import write_report
-from bench.shapes import OPERATIONS, Workload, selection
+from bench.cases import contenders
+from bench.cases.contenders import CONTENDERS, Contender
+from bench.cases.inputs import make_inputs, real_tokens, spread, uniform_tokens
+from bench.cases.oracle import RejectedError, check_result, errors, expected
+from bench.cases.shapes import OPERATIONS, Workload, selection
+from bench.reporting import tables
+from bench.reporting.goals import goals, goals_table
+from bench.reporting.records import Journal, Record, Refusal, Results, read_results
+from bench.reporting.report import write_report
+from bench.timing.clocks import CpuClock, turns
+from bench.timing.limits import Limits, demands
+from bench.timing.measure import Measurement
 
 CPU = torch.device("cpu")
 LIMITS = Limits(copy_bytes_per_second=1e9, l2_bytes_per_second=4e9, matmul_flops_per_second=1e12)
@@ -116,7 +117,7 @@ def test_the_gate_rejects_a_table_gradient_accumulated_in_bf16():
 
 
 def test_the_gate_compares_rows_of_huge_logits(monkeypatch):
-    monkeypatch.setattr("bench.oracle.MAX_COMPARED_ELEMENTS", 5 * LOSS.vocab_size)
+    monkeypatch.setattr("bench.cases.oracle.MAX_COMPARED_ELEMENTS", 5 * LOSS.vocab_size)
     inputs = make_inputs(LOSS, CPU, torch.float32)
     oracle = expected(LOSS, inputs)
     assert oracle.rows.tolist() == [0, 7, 15, 23, 31]
@@ -189,8 +190,8 @@ def test_what_a_contender_overwrites_is_restored_before_each_run(monkeypatch):
 
 
 def test_small_workloads_are_timed_by_the_host_back_to_back(monkeypatch):
-    monkeypatch.setattr("bench.clocks.HOST_ROUNDS", 2)
-    monkeypatch.setattr("bench.clocks.MAX_HOST_CALLS", 3)
+    monkeypatch.setattr("bench.timing.clocks.HOST_ROUNDS", 2)
+    monkeypatch.setattr("bench.timing.clocks.MAX_HOST_CALLS", 3)
     entry = (contenders.BY_NAME["group_mean", "honest_eager"], "forward")
     outcomes = Measurement(replace(MEAN, host_bound=True), CpuClock(CPU), LIMITS, torch.float32).run([entry])
     record, times = outcomes["honest_eager", "forward"]

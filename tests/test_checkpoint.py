@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from reference import checkpoint
-from reference.checkpoint import load_latest, load_model, save, write_json
-from reference.model import ModelConfig, Transformer
+from reference.network.model import ModelConfig, Transformer
+from reference.training import checkpoint
+from reference.training.checkpoint import load_latest, load_model, save, write_json
 
 
 def state_at(step, size=4):

@@ -13,12 +13,13 @@ import torch
 from torch._dynamo.utils import counters
 
 from npp_kernels import PatchSchedule
-from reference import claim, first_run, outcomes, train
+from reference import claim, first_run, train
 from reference.claim import WAYS, operations, steps_of
-from reference.config import PRESETS, TrainConfig
-from reference.journal import Journal
-from reference.model import ModelConfig
-from reference.outcomes import differences, mean_curve, read_results, table
+from reference.comparison import outcomes
+from reference.comparison.journal import Journal
+from reference.comparison.outcomes import differences, mean_curve, read_results, table
+from reference.network.model import ModelConfig
+from reference.training.config import PRESETS, TrainConfig
 from tests.comparisons import MeanColour, outcome_of, small_data
 from tests.processes import kill_when
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from reference.codes import VARIANTS, ArrayDataset, load_dataset, load_tokenizer
 from reference.tokenizer import load_fashion_mnist, place
+from reference.tokens.codes import VARIANTS, ArrayDataset, load_dataset, load_tokenizer
 from tests.synthetic import write_fashion_mnist
 
 
@@ -77,7 +77,7 @@ def test_fashion_mnist_variants(tmp_path):
 def test_fashion_mnist_tokens_are_kept_whole_or_not_at_all(tmp_path, monkeypatch):
     write_fashion_mnist(tmp_path)
     spec, cache = f"fashion_mnist:{tmp_path}", tmp_path / "cache"
-    monkeypatch.setattr("reference.codes.os.replace", lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("reference.tokens.codes.os.replace", lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         load_dataset(spec, "train", cache=cache)
     assert list(cache.glob("*.npy")) == []  # stopped: nothing under the final name

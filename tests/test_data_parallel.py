@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import reference.data_parallel
+import reference.training.data_parallel
 from reference import train
-from reference.checkpoint import checkpoints, load_latest, load_model, read
-from reference.config import parse
-from reference.data_parallel import DataParallelAdamW, Sharing, divided
-from reference.model import Transformer
-from reference.step import StepConfig, TrainStep
+from reference.network.model import Transformer
+from reference.training.checkpoint import checkpoints, load_latest, load_model, read
+from reference.training.config import parse
+from reference.training.data_parallel import DataParallelAdamW, Sharing, divided
+from reference.training.step import StepConfig, TrainStep
 from tests import parallel_runs
 from tests.processes import environment, run_in, wait_until
 
@@ -73,11 +73,11 @@ def assert_close(results, others, *, gradients, losses):
 
 
 def test_docstrings_run():
-    assert doctest.testmod(reference.data_parallel).failed == 0
+    assert doctest.testmod(reference.training.data_parallel).failed == 0
 
 
 def test_buckets_are_whole_layers(monkeypatch):
-    monkeypatch.setattr(reference.data_parallel, "BUCKET_SIZE", parallel_runs.BUCKET_SIZE)
+    monkeypatch.setattr(reference.training.data_parallel, "BUCKET_SIZE", parallel_runs.BUCKET_SIZE)
     named = [entry for entry in Transformer(parallel_runs.CONFIG).named_parameters() if entry[1].ndim >= 2]
     buckets = [[name for name, _ in bucket] for bucket in divided(named)]
     assert [name for bucket in buckets for name in bucket] == [name for name, _ in named]

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reference import decode_kernels, decoding
-from reference.attention import rotary_embedding, rotate
-from reference.choosing import Drawing, choose, filter_logits
-from reference.decode_kernels import attend_to_cache, choose_splits, embed, multiply
-from reference.model import ModelConfig
+from reference.network.attention import rotary_embedding, rotate
+from reference.network.model import ModelConfig
 from reference.sample import Sampler
+from reference.sampling import decode_kernels, decoding
+from reference.sampling.choosing import Drawing, choose, filter_logits
+from reference.sampling.decode_kernels import attend_to_cache, choose_splits, embed, multiply
 from tests.conftest import INTERPRETED
 from tests.test_sample import seeded, trained_model
 

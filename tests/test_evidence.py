@@ -10,21 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from reference import claim, evidence, evidence_report, journal, sample_report, sample_scores
-from reference.checkpoint import load_model
+from reference import claim, evidence
 from reference.claim import WAYS, Way, compare, steps_of
-from reference.codes import load_dataset, load_tokenizer
-from reference.config import PRESETS
+from reference.comparison import evidence_report, journal, sample_report, sample_scores
+from reference.comparison.journal import Budget, Journal
+from reference.comparison.sample_report import best_guidance, of_runs, paired
+from reference.comparison.sample_scores import SampleObserver, SampleScores, choose
 from reference.evidence import LANGUAGE, PARTS
-from reference.journal import Budget, Journal
-from reference.log import read_log
-from reference.model import ModelConfig
-from reference.processes import Stopped
+from reference.network.model import ModelConfig
 from reference.sample import Sampler
-from reference.sample_report import best_guidance, of_runs, paired
-from reference.sample_scores import SampleObserver, SampleScores, choose
 from reference.score import fit_gaussian, frechet_distance, image_features
+from reference.tokens.codes import load_dataset, load_tokenizer
 from reference.train import Run
+from reference.training.checkpoint import load_model
+from reference.training.config import PRESETS
+from reference.training.log import read_log
+from reference.training.processes import Stopped
 from tests.comparisons import MeanColour, outcome_of, small_data
 
 CPU = torch.device("cpu")

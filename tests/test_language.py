@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from reference import corpus, language, language_report
-from reference.corpus import Corpus, is_held_out, load_corpus, source_files
-from reference.journal import Budget, Journal
+from reference import language
+from reference.comparison import language_report
+from reference.comparison.journal import Budget, Journal
 from reference.language import TINY, WAYS, Text, Training
-from reference.processes import Stopped
+from reference.tokens import corpus
+from reference.tokens.corpus import Corpus, is_held_out, load_corpus, source_files
+from reference.training.processes import Stopped
 
 CPU = torch.device("cpu")
 

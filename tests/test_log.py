@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from reference.log import COLUMNS, Log, read_log
+from reference.training.log import COLUMNS, Log, read_log
 
 ROW = dict.fromkeys(COLUMNS, 0.5) | {"step": 3, "test_nll": None, "test_weights": "raw"}
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import reference.attention
-import reference.model
+import reference.network.attention
+import reference.network.model
 from npp_kernels import group_tokens
-from reference.attention import rotary_embedding
-from reference.model import ModelConfig, Transformer
+from reference.network.attention import rotary_embedding
+from reference.network.model import ModelConfig, Transformer
 
 SMALL = {"vocab_size": 37, "grid": (4, 8), "num_classes": 5, "dim": 24, "num_layers": 2, "num_heads": 2}
 
@@ -32,7 +32,7 @@ def small_batch(batch_size=3):
 
 
 def test_docstrings_run():
-    assert doctest.testmod(reference.model).failed == 0
+    assert doctest.testmod(reference.network.model).failed == 0
 
 
 # Parameters: (vocab + classes + 1 + vocab)·dim + layers·(4·dim² + 3·dim·hidden + 2·dim) + dim; rounded, the paper's
@@ -126,7 +126,7 @@ def test_flash_attn_takes_over_where_it_is_installed(monkeypatch):
     model = small_model(dtype=torch.bfloat16).cuda()
     tokens, labels = (tensor.cuda() for tensor in small_batch())
     groups = group_tokens(tokens, 2)
-    monkeypatch.setattr(reference.attention, "flash_attn_func", None)
+    monkeypatch.setattr(reference.network.attention, "flash_attn_func", None)
     expected = model.eval()(groups, labels, 2)
     shapes = []
 
@@ -139,7 +139,7 @@ def test_flash_attn_takes_over_where_it_is_installed(monkeypatch):
             v.dtype
         )
 
-    monkeypatch.setattr(reference.attention, "flash_attn_func", flash_attn_func)
+    monkeypatch.setattr(reference.network.attention, "flash_attn_func", flash_attn_func)
     torch.testing.assert_close(model(groups, labels, 2), expected, rtol=0.05, atol=0.05)
     assert shapes == [(3, 8, 2, 12)] * 2
 
@@ -191,7 +191,7 @@ def seed_of(number, device="cpu"):
 @pytest.mark.parametrize("seed", [0, 1, -5, 2**31 - 1, -(2**31)])
 def test_hashed_numbers_are_even_and_independent(seed):
     """Of neighbours, of other rows, of other seeds; sums of 2^20 numbers that should have a variance of about 1."""
-    numbers = reference.model.hashed(torch.Size((1024, 1024)), seed_of(seed)).double()
+    numbers = reference.network.model.hashed(torch.Size((1024, 1024)), seed_of(seed)).double()
     assert 0 <= numbers.min() < 1e-5 < 1 - 1e-5 < numbers.max() < 1
     counts = torch.histc(numbers, 256, 0, 1)
     assert ((counts - 4096) ** 2 / 4096).sum().item() < 255 + 5 * 510**0.5
@@ -205,12 +205,12 @@ def test_hashed_numbers_are_even_and_independent(seed):
         flat = dropped.flatten()
         assert abs(correlation(flat[:-shift], flat[shift:])) < 5
     for other in (seed + 1 if seed < 2**31 - 1 else 0, seed ^ 0x100, ~seed):
-        others = (reference.model.hashed(numbers.shape, seed_of(other)) < 0.1).double()
+        others = (reference.network.model.hashed(numbers.shape, seed_of(other)) < 0.1).double()
         assert abs(correlation(dropped, others)) < 5
 
 
 def test_compiled_dropout_drops_the_same_in_the_backward(device):
-    compiled = torch.compile(reference.model.dropout, fullgraph=True, dynamic=False)
+    compiled = torch.compile(reference.network.model.dropout, fullgraph=True, dynamic=False)
     x = torch.randn(64, 96, device=device).bfloat16().requires_grad_()
     kept = []
     for seed in (3, 4):
@@ -227,11 +227,11 @@ def test_compiled_dropout_drops_the_same_in_the_backward(device):
 def test_drop_path_keeps_the_mean():
     torch.manual_seed(0)
     branch, rate = torch.ones(4000, 2, 3), torch.tensor(0.25)
-    dropped = reference.model.drop_path(branch, rate, True)
+    dropped = reference.network.model.drop_path(branch, rate, True)
     assert sorted(dropped.unique().tolist()) == pytest.approx([0, 1 / 0.75])
     assert (dropped.flatten(1).std(1) == 0).all()  # whole images
     assert dropped.mean().item() == pytest.approx(1, abs=0.03)
-    assert torch.equal(reference.model.drop_path(branch, rate, False), branch)
+    assert torch.equal(reference.network.model.drop_path(branch, rate, False), branch)
 
 
 def test_operations_count_every_linear_layer_and_the_causal_half_of_attention():

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from npp_kernels import group_tokens
-from reference.choosing import draw, filter_logits
-from reference.model import ModelConfig, Transformer
+from reference.network.model import ModelConfig, Transformer
 from reference.sample import Sampler, decode_with, save_grid
+from reference.sampling.choosing import draw, filter_logits
 
 CONFIG = ModelConfig.named("tiny", vocab_size=50, grid=(4, 4), num_classes=10)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench import sample_time
-from reference.model import ModelConfig, Transformer
+from reference.network.model import ModelConfig, Transformer
 from tests.conftest import INTERPRETED
 
 SMALL = ModelConfig.named("tiny", vocab_size=50, grid=(4, 4), num_classes=10)

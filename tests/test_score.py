@@ -12,8 +12,7 @@ from PIL import Image
 
 from npp_kernels import group_tokens
 from reference import sample, score, train
-from reference.codes import ArrayDataset, load_tokenizer
-from reference.model import ModelConfig, Transformer
+from reference.network.model import ModelConfig, Transformer
 from reference.sample import Sampler, describe_weights
 from reference.score import (
     Gaussian,
@@ -25,6 +24,7 @@ from reference.score import (
     held_out_likelihood,
     image_features,
 )
+from reference.tokens.codes import ArrayDataset, load_tokenizer
 from tests.comparisons import MeanColour
 
 CONFIG = ModelConfig.named("tiny", vocab_size=30, grid=(4, 4), num_classes=5)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from reference import checkpoint, code_files
+from reference.tokens import code_files
+from reference.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(

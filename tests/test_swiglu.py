@@ -5,11 +5,11 @@ import doctest
 import pytest
 import torch
 
-import reference.swiglu
+import reference.network.swiglu
 from npp_kernels._dispatch import runs_kernels
-from reference.model import SIZES, FeedForward, ModelConfig
-from reference.optimizer import AdamWConfig, FlatAdamW
-from reference.swiglu import gated, join, swiglu
+from reference.network.model import SIZES, FeedForward, ModelConfig
+from reference.network.swiglu import gated, join, swiglu
+from reference.training.optimizer import AdamWConfig, FlatAdamW
 
 
 def gradients(function, *tensors):
@@ -20,7 +20,7 @@ def gradients(function, *tensors):
 
 
 def test_docstrings_run():
-    assert doctest.testmod(reference.swiglu).failed == 0
+    assert doctest.testmod(reference.network.swiglu).failed == 0
 
 
 # Channels that fill a program's block, that do not, and more than one block.
@@ -67,7 +67,7 @@ def test_the_kernels_serve_one_dtype_outside_of_autocast(device, monkeypatch):
         called.append(True)
         return real(*arguments)
 
-    monkeypatch.setattr(reference.swiglu, "swiglu", counted)
+    monkeypatch.setattr(reference.network.swiglu, "swiglu", counted)
     x, w = torch.randn(2, 3, 8, device=device), torch.randn(16, 8, device=device)
     assert gated(x, w, w).shape == (2, 3, 16)
     assert len(called) == runs_kernels(x)

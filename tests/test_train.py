@@ -15,19 +15,22 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import reference.config
-import reference.optimizer
-import reference.step
+import reference.training.clock
+import reference.training.config
+import reference.training.optimizer
+import reference.training.step
 from npp_kernels import group_tokens
 from reference import train
-from reference.checkpoint import checkpoints, load_latest
-from reference.codes import load_dataset
-from reference.config import TrainConfig, parse
-from reference.model import ModelConfig, Transformer
-from reference.optimizer import AdamWConfig, FlatAdamW
-from reference.processes import STOPPED, only_run_in
-from reference.step import StepConfig, TrainStep
-from reference.torch_adamw import TorchAdamW
+from reference.network.model import ModelConfig, Transformer
+from reference.tokens.batches import Batches
+from reference.tokens.codes import load_dataset
+from reference.training.checkpoint import checkpoints, load_latest
+from reference.training.clock import Clock
+from reference.training.config import TrainConfig, parse
+from reference.training.optimizer import AdamWConfig, FlatAdamW
+from reference.training.processes import STOPPED, only_run_in
+from reference.training.step import SETUP_STEPS, StepConfig, TrainStep
+from reference.training.torch_adamw import TorchAdamW
 from tests.processes import environment, kill_when, run_in, started, torchrun, wait_until
 
 CONFIG = ModelConfig(
@@ -70,7 +73,7 @@ def assert_same_weights(step, other, **tolerance):
 FP32 = StepConfig(precision="fp32", compile=False)
 
 
-@pytest.mark.parametrize("module", [reference.config, reference.optimizer, reference.step])
+@pytest.mark.parametrize("module", [reference.training.config, reference.training.optimizer, reference.training.step])
 def test_docstrings_run(module):
     assert doctest.testmod(module).failed == 0
 
@@ -242,8 +245,8 @@ def test_loss_compiles_without_a_break():
         ("accumulate", lambda: StepConfig(accumulate=0)),
         ("batch_size", lambda: TrainStep(model_of(), StepConfig(accumulate=4), AdamWConfig(), batch_size=6)),
         ("tokens", lambda: TrainStep(model_of(), FP32, AdamWConfig(), batch_size=3).run(*batch_of(0), patch=2, lr=0.1)),
-        ("batch_size", lambda: train.Batches(load_dataset("embedded", "test"), 401, seed=0)),
-        ("batch_size", lambda: train.Batches(load_dataset("embedded", "test"), 9, seed=0, processes=2)),
+        ("batch_size", lambda: Batches(load_dataset("embedded", "test"), 401, seed=0)),
+        ("batch_size", lambda: Batches(load_dataset("embedded", "test"), 9, seed=0, processes=2)),
     ],
 )
 def test_errors_name_the_argument(name, call):
@@ -253,17 +256,17 @@ def test_errors_name_the_argument(name, call):
 
 def test_batches_are_a_function_of_the_step():
     dataset = load_dataset("embedded", "test")  # 400 images
-    whole = train.Batches(dataset, 60, seed=3)
+    whole = Batches(dataset, 60, seed=3)
     assert whole.steps_per_epoch == 6
     tokens, labels = whole[8]
     assert tokens.shape == (60, 16, 16)
-    again = train.Batches(dataset, 60, seed=3)[8]
+    again = Batches(dataset, 60, seed=3)[8]
     assert torch.equal(tokens, again[0])
     assert torch.equal(labels, again[1])
-    parts = [train.Batches(dataset, 60, seed=3, rank=rank, processes=3)[8][0] for rank in range(3)]
+    parts = [Batches(dataset, 60, seed=3, rank=rank, processes=3)[8][0] for rank in range(3)]
     assert torch.equal(torch.cat(parts), tokens)
     assert not torch.equal(whole[2][0], tokens)  # the same place of another epoch
-    assert not torch.equal(train.Batches(dataset, 60, seed=4)[8][0], tokens)
+    assert not torch.equal(Batches(dataset, 60, seed=4)[8][0], tokens)
     epoch = torch.cat([whole[step][0] for step in range(6)]).flatten(1)
     assert len(epoch.unique(dim=0)) >= 355  # no image twice; a few in the data are alike
 
@@ -397,7 +400,7 @@ def test_a_bad_state_is_not_saved_when_the_run_is_asked_to_stop(tmp_path, monkey
 
 
 def test_two_runs_in_one_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("reference.processes.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("reference.training.processes.LOCK_SECONDS", 0.1)
     arguments = arguments_of(tmp_path / "run", "--epochs", "0.05")
     with only_run_in(tmp_path / "run"):
         assert train.main(arguments) == 1
@@ -447,13 +450,13 @@ def test_the_clock_counts_set_up_steps_as_long_as_later_ones(monkeypatch):
         now[0] += launched[0]
         launched[0] = 0.0
 
-    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(reference.training.clock.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
-    clock = train.Clock(torch.device("cuda"), 0.0, 0.0)
+    clock = Clock(torch.device("cuda"), 0.0, 0.0)
     expected, expected_setup = 0.0, 0.0
     for setup_step, step in ((10.0, 1.0), (20.0, 0.25)):
         for number in range(20):
-            launched[0] += setup_step if number < train.SETUP_STEPS else step
+            launched[0] += setup_step if number < SETUP_STEPS else step
             clock.count(new_stage=number == 0)
             if number in (1, 10, 19):  # a report in the set-up, and two after it
                 wait()
@@ -461,7 +464,7 @@ def test_the_clock_counts_set_up_steps_as_long_as_later_ones(monkeypatch):
                 now[0] += 100.0  # an evaluation
                 clock.start()
         expected += 20 * step
-        expected_setup += train.SETUP_STEPS * setup_step
+        expected_setup += SETUP_STEPS * setup_step
         assert clock.seconds == pytest.approx(expected)
         assert clock.setup_seconds == pytest.approx(expected_setup)
 

@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 
-from reference.checkpoint import load_latest
+from reference.training.checkpoint import load_latest
 from tests.processes import run_in
 from tests.test_data_parallel import (
     arguments_of,

@@ -1,0 +1,1 @@
+"""What is made of it: records, tables, goals, plots, the report."""

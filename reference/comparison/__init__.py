@@ -1,0 +1,1 @@
+"""What comparing runs is made of: journal, outcomes, scores of samples, tables and plots."""

@@ -1,0 +1,1 @@
+"""The transformer that is trained, and its kernels."""

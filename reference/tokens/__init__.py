@@ -1,0 +1,1 @@
+"""Where tokens come from: data sets of codes, their files, and text."""
