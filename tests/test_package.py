@@ -75,6 +75,23 @@ def test_imports_run_one_way(module):
             assert rest in below, f"{module} imports {name}"
 
 
+# Of the training system a room may import these beside itself; what is not a room is a command.
+ROOMS = {
+    "tokens": {"tokenizer"},
+    "network": set(),
+    "sampling": {"network"},
+    "training": {"network", "tokens"},
+    "comparison": {"network", "tokens", "training", "tokenizer", "train", "sample", "score", "claim"},
+}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_the_training_system_import_no_others(room):
+    names = set().union(*(imported(path) for path in (ROOT / "reference" / room).glob("*.py")))
+    parts = {name.split(".")[1] for name in names if name.startswith("reference.")}
+    assert parts <= ROOMS[room] | {room}
+
+
 def test_the_specification_stands_alone():
     assert imported(ROOT / "reference" / "ops.py") <= {
         "__future__", "collections.abc", "typing", "torch", "torch.nn.functional", "einops",
