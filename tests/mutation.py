@@ -56,6 +56,7 @@ TESTS = {
     "losses.gradient_kernels": LOSSES,
     "embeddings.group_mean": ["tests/test_group_mean.py"],
     "embeddings.mean_kernels": ["tests/test_group_mean.py"],
+    "embeddings.table_gradient": ["tests/test_group_mean.py"],
     "embeddings.torch_path": ["tests/test_group_mean.py"],
     "embeddings.patch_mean": ["tests/test_patch_mean.py"],
     "embeddings.segments": ["tests/test_segments.py", "tests/test_group_mean.py"],

@@ -20,21 +20,21 @@ from triton.compiler import ASTSource
 
 from npp_kernels._dispatch import TRITON_OVERLAPS
 from npp_kernels.embeddings import segments
-from npp_kernels.embeddings.mean_kernels import (
+from npp_kernels.embeddings.mean_kernels import MAX_BLOCK_HIDDEN, UNROLLED_SLOTS, _group_mean_kernel
+from npp_kernels.embeddings.patch_mean import _patch_mean_kernel
+from npp_kernels.embeddings.table_gradient import (
     CHUNK_SIZE,
+    FEW_IDS,
     FREQUENT_HIDDEN,
     FREQUENT_ROWS,
     FREQUENT_SPAN,
-    MAX_BLOCK_HIDDEN,
-    UNROLLED_SLOTS,
     WARP_HIDDEN,
     WARP_ROWS,
     WARP_UNROLL,
+    _few_ids_kernel,
     _frequent_rows_kernel,
-    _group_mean_kernel,
     _segment_sums_kernel,
 )
-from npp_kernels.embeddings.patch_mean import _patch_mean_kernel
 from npp_kernels.losses import exponential_rows, exponentials, gradient_kernels, row_kernels, shard_kernels, targets
 from reference.network import attention, swiglu
 from reference.training import optimizer
@@ -139,6 +139,15 @@ def frequent_rows_arguments(dtype, group_size, ignored):
     return {
         **segment_arguments(dtype, group_size, ignored), "SPAN": FREQUENT_SPAN, "ROWS": FREQUENT_ROWS,
         "BLOCK_HIDDEN": FREQUENT_HIDDEN, "num_warps": 4,
+    }  # fmt: skip
+
+
+def few_ids_arguments(dtype, group_size, ignored):
+    return {
+        "grad_ptr": f"*{dtype}", "groups_ptr": "*i64", "counts_ptr": "*fp32" if ignored else None,
+        "grad_table_ptr": f"*{dtype}", "num_ids": "i32", "hidden_size": "i32", "ignore_index": "i32",
+        "GROUP_SIZE": group_size, "HAS_IGNORED": ignored, "BLOCK_IDS": FEW_IDS, "BLOCK_HIDDEN": WARP_HIDDEN,
+        "num_warps": 1,
     }  # fmt: skip
 
 
@@ -346,6 +355,8 @@ CASES = {
     "group_mean K=16": (_group_mean_kernel, group_mean_arguments("bf16", 16, False)),
     "group_mean K=64 ignored": (_group_mean_kernel, group_mean_arguments("fp32", 64, True)),
     "group_mean K=4, sums": (_group_mean_kernel, group_mean_arguments("bf16", 4, True, False)),
+    "few_ids K=4": (_few_ids_kernel, few_ids_arguments("bf16", 4, False)),
+    "few_ids K=4 ignored": (_few_ids_kernel, few_ids_arguments("fp32", 4, True)),
     "segment_sums K=4": (_segment_sums_kernel, segment_sums_arguments("bf16", 4, False)),
     "segment_sums K=4 ignored": (_segment_sums_kernel, segment_sums_arguments("fp32", 4, True)),
     "frequent_rows K=4": (_frequent_rows_kernel, frequent_rows_arguments("bf16", 4, False)),

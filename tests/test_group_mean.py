@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 import npp_kernels
 import reference.ops as reference
-from npp_kernels.embeddings import mean_kernels, segments, torch_path
+from npp_kernels.embeddings import segments, table_gradient, torch_path
 from tests.budget import assert_within_budget
 from tests.conftest import INTERPRETED
 from tests.inputs import skewed_ids
@@ -261,6 +261,28 @@ def test_overflow_is_infinite(device):
     assert (out == float("inf")).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "ignore_index"), [((5, 8), None), ((90, 2), 7), ((512, 1), None)])
+def test_few_ids_are_summed_as_many_are(device, monkeypatch, dtype, shape, ignore_index):
+    """One launch for a few ids gives the same bits as the sort, where no id is so frequent that it fills a chunk."""
+    if device.type == "cpu" and not INTERPRETED:
+        pytest.skip("the CPU has no kernels")
+    table = torch.randn(40, 30, device=device).to(dtype)
+    groups = torch.randint(40, shape, device=device)
+    groups[0, 0] = 39
+    upstream = torch.randn(*shape[:-1], 40, device=device).to(dtype)
+    sorts = []
+    found = segments.find_segments
+    monkeypatch.setattr(table_gradient, "find_segments", lambda *arguments: sorts.append(1) or found(*arguments))
+    _, few = run(npp_kernels.group_mean, table, groups, upstream, ignore_index=ignore_index)
+    assert not sorts
+    monkeypatch.setattr(table_gradient, "FEW_IDS", groups.numel() - 1)
+    _, many = run(npp_kernels.group_mean, table, groups, upstream, ignore_index=ignore_index)
+    assert sorts
+    assert few.any()
+    assert torch.equal(few, many)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
 @pytest.mark.parametrize(
     ("vocab_size", "shape", "ignore_index", "rank_sort_limit"),
@@ -273,6 +295,7 @@ def test_overflow_is_infinite(device):
 )
 def test_an_order_changes_no_bit(device, monkeypatch, dtype, vocab_size, shape, ignore_index, rank_sort_limit):
     monkeypatch.setattr(segments, "RANK_SORT_LIMIT", rank_sort_limit)
+    monkeypatch.setattr(table_gradient, "FEW_IDS", 0)
     table = torch.randn(vocab_size, 24, device=device).to(dtype)
     groups = skewed_ids(vocab_size, shape, device=device)
     upstream = torch.randn(*shape[:-1], 24, device=device).to(dtype)
@@ -282,7 +305,7 @@ def test_an_order_changes_no_bit(device, monkeypatch, dtype, vocab_size, shape, 
     def refuse(*_):
         raise AssertionError("the backward sorts")
 
-    for module, name in ((mean_kernels, "find_segments"), (torch_path, "torch_segments")):
+    for module, name in ((table_gradient, "find_segments"), (torch_path, "torch_segments")):
         monkeypatch.setattr(module, name, refuse)
     for given in (groups, groups.int()):
         means, gradient = run(npp_kernels.group_mean, table, given, upstream, ignore_index=ignore_index, order=order)

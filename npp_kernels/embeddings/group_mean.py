@@ -3,7 +3,8 @@
     out[p] = 1/n_p · Σ_j table[g[p, j]]                    n_p: the ids of group p that are not ignored
     grad_table[v] = Σ_{p, j: g[p, j] = v} grad[p] / n_p
 
-`mean_kernels` and `torch_path` compute that; here are a call's checks, its autograd function, and slices of a table.
+`mean_kernels`, `table_gradient` and `torch_path` compute that; here are a call's checks, its autograd function, and
+slices of a table.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from npp_kernels._checks import (
 )
 from npp_kernels._dispatch import runs_kernels
 from npp_kernels.embeddings.group_order import GroupOrder, as_segments, check_order
-from npp_kernels.embeddings.mean_kernels import launch_means, launch_table_gradient
+from npp_kernels.embeddings.mean_kernels import launch_means
 from npp_kernels.embeddings.segments import Segments
+from npp_kernels.embeddings.table_gradient import launch_table_gradient
 from npp_kernels.embeddings.torch_path import torch_means, torch_table_gradient
 from npp_kernels.vocabulary_shard import (
     VocabularyShard,
@@ -114,7 +116,8 @@ def group_mean(
         shard: which ids the rows of ``table`` are, where a process group shares out the vocabulary: ``table [V_r, D]``
             then, and on every rank the same ``groups``, with ids of the whole vocabulary. Every rank gets all means,
             and the gradient of its own rows. A `DTensor` with the placement ``Shard(0)`` needs none.
-        order: what `order_groups` made of these groups, so that the backward has no sorting to do. Whether it is that
+        order: what `order_groups` made of these groups, so that the backward has no sorting to do (nor has it for a
+            few hundred ids, which a GPU looks through). Whether it is that
             of these groups, and not of others of the same shape, is seen with `check_ids` on alone. Not over a shard.
 
     Returns:
