@@ -6,6 +6,7 @@ Calls become blocks of code, names that have an entry on these pages become link
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -46,21 +47,17 @@ def objects(parent: Any) -> Iterator[Any]:
 
 
 def fenced(text: str) -> str:
-    """Put doctests, and blocks announced by a double colon, between fences.
-
-    >>> print(fenced("Add.\\n\\n>>> 1 + 1\\n2\\n\\nMore.").replace("`", "'"))
-    Add.
-    <BLANKLINE>
-    '''pycon
-    >>> 1 + 1
-    2
-    '''
-    <BLANKLINE>
-    More.
-    """
+    """Put doctests, and blocks announced by a double colon, between fences; make paragraphs of sections of our own."""
     text = re.sub(r"^(>>> .*?)(?=\n\s*\n|\Z)", r"```pycon\n\1\n```", text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"\n::\n\n((?:    .*\n?|\n)+)", _block, text)
-    return re.sub(r"::\n\n((?:    .*\n?|\n)+)", lambda match: ":\n" + _block(match), text)
+    text = re.sub(r"::\n\n((?:    .*\n?|\n)+)", lambda match: ":\n" + _block(match), text)
+    return re.sub(r"^(Numerics|Memory|Source):\n((?:    .*\n?|\n)+)", _paragraph, text, flags=re.MULTILINE)
+
+
+def _paragraph(match: re.Match[str]) -> str:
+    """Return a section that the style does not know as a paragraph; griffe would make a box of it."""
+    name, body = match.groups()
+    return f"**{name}:** {inspect.cleandoc(body)}\n\n"
 
 
 def _block(match: re.Match[str]) -> str:

@@ -15,7 +15,11 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "bench" / "results"
-PAGES = ["CONTRIBUTING.md", "CHANGELOG.md", *(str(path.relative_to(ROOT)) for path in sorted(REPORTS.glob("*/report.md")))]
+PAGES = [
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(str(path.relative_to(ROOT)) for path in sorted(REPORTS.glob("*/report.md"))),
+]
 PICTURES = [str(path.relative_to(ROOT)) for path in sorted(REPORTS.glob("*/*.png"))]
 EXAMPLES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "examples").glob("[!_]*.py"))]
 
