@@ -28,6 +28,7 @@ PLACES = {"README.md": "index.md"} | {name: name for name in (*PAGES, *PICTURES)
 PLACES |= {name: name.removesuffix(".py") + ".md" for name in EXAMPLES}
 SOURCES = {place: name for name, place in PLACES.items()}
 
+PICTURE = re.compile(r"(?m)^!\[([^\]]*)\]\((\S+\.png)\)$")
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 
 
@@ -56,6 +57,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         there = PLACES.get(name, name.removeprefix("docs/"))
         return before + posixpath.relpath(there, posixpath.dirname(place) or ".") + (anchor or "") + after
 
+    markdown = PICTURE.sub(r"[![\1](\2)](\2)", markdown)  # a plot opens in its full size
     return LINK.sub(turned, markdown)
 
 
