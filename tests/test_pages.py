@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+import run
 from bench import readme
 from bench.records import read_results
 from tests.processes import ROOT
@@ -55,3 +56,12 @@ def test_the_code_of_a_page_runs(name):
     names = {"__name__": "page"}
     for snippet in snippets:
         exec(compile(snippet, name, "exec"), names)
+
+
+def test_the_site_is_built_with_its_own_packages_alone():
+    """run.py reads the list from setup.py: a page must not need torch to be made."""
+    packages = run.requirements("docs")
+    assert any(package.startswith("mkdocs-material") for package in packages)
+    assert not any(package.startswith(("torch", "npp_kernels", ".")) for package in packages)
+    with pytest.raises(ValueError, match="expected a list poems, found none"):
+        run.requirements("poems")

@@ -107,7 +107,7 @@ def apply(
 
 
 class Patched:
-    """A patched model's state, and the handle of `apply`, whose arguments it takes.
+    """The handle of a patched model: its patch, a pause, and the way back. `apply` makes it, of the same arguments.
 
     While it is in place, the model's forward with ``labels`` also takes ``num_targets``: the sum of `count` over all
     micro-batches and ranks of a step, the divisor that makes their losses add up to that of one big batch.
