@@ -29,7 +29,7 @@ class Docstrings(griffe.Extension):
         def linked(match: re.Match[str]) -> str:
             name, member = match.groups()
             known = name in public and (not member or member[1:] in classes[name].members)
-            return f"[`{name}{member}`][npp_kernels.{name}{member}]" if known else f"`{name}{member}`"
+            return f"[`{name}{member}`][npp_kernels.{name}{member}]" if known else match.group(0)
 
         for thing in objects(pkg):
             if thing.docstring is not None:

@@ -7,7 +7,7 @@
 
 Each patch enters as the mean of its tokens' embeddings and predicts the K tokens of the next. `PatchTrainerMixin` and
 `PatchCollator` (`npp_kernels.integrations.transformers_trainer`) are the same for `Trainer` and TRL's `SFTTrainer`.
-PatchTrain (arXiv 2407.12665) and Token-Superposition Training average over the places of a patch, which is
+PatchTrain (arXiv 2407.12665) and Token-Superposition Training average over the slots of a patch, which is
 ``normalize="slot"``, the latter with ``slot_weights`` where later tokens count less.
 """
 
