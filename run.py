@@ -3,14 +3,16 @@
     python run.py bench     # benchmarks at every stage on real tokens, then the report (GPU if there is one, else CPU)
     python run.py test      # the tests, then the kernels again in Triton's interpreter; `gpu` tests need a GPU
     python run.py check     # lint, format and types
+    python run.py docs      # the documentation as a site, in site/; `docs serve` shows it while you edit
 
-Arguments after the job go to pytest: ``python run.py test -k group_mean`` (the interpreter is then left out). With
-``--here`` before the job, it runs in the current Python environment instead, and installs nothing.
+Arguments after the job go to pytest, or to mkdocs: ``python run.py test -k group_mean`` (the interpreter is then left
+out). With ``--here`` before the job, it runs in the current Python environment instead, and installs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import subprocess
 import sys
@@ -24,6 +26,8 @@ ENVIRONMENTS = {
     "bench": (".venv-bench", ".[bench]"),
     "test": (".venv-test", ".[test,check,integrations]"),
     "check": (".venv-test", ".[test,check,integrations]"),
+    # The site is made from sources that are read and not imported: neither the package nor torch is installed.
+    "docs": (".venv-docs", "docs"),
 }
 # One thread for each worker: the workers are as many as the cores, and more only get in each other's way.
 TEST_VARIABLES = {"OMP_NUM_THREADS": "1"}
@@ -48,16 +52,27 @@ def environment(job: str) -> str:
         return python
     print(f"setting up {name}, once", flush=True)
     venv.create(home, with_pip=True, clear=True)
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt", "-e"]
-    subprocess.run([*install, package], cwd=ROOT, check=True)
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
+    wanted = ["-e", package] if package.startswith(".") else requirements(package)
+    subprocess.run([*install, *wanted], cwd=ROOT, check=True)
     stamp.touch()
     return python
+
+
+def requirements(name: str) -> list[str]:
+    """Return a list of packages that setup.py has under a name of its own."""
+    for statement in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
+            return [str(package) for package in ast.literal_eval(statement.value)]
+    raise ValueError(f"setup.py: expected a list {name}, found none")
 
 
 def commands(job: str, arguments: list[str]) -> list[Command]:
     """Return the commands of a job, in order."""
     if job == "bench":
         return [Command(["-m", "bench", *arguments], {})]
+    if job == "docs":
+        return [Command(["-m", "mkdocs", *(arguments or ["build", "--strict"])], {"NO_MKDOCS_2_WARNING": "1"})]
     if job == "check":
         tools = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]]
         return [Command(["-m", *tool], {}) for tool in tools]

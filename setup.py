@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 bench = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "tqdm>=4.66"]
+docs = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "ruff>=0.8"]
 train = ["filelock>=3.13", "tqdm>=4.66", "matplotlib>=3.8", "pillow>=10", "scikit-learn>=1.4"]
 
 setup(
@@ -31,6 +32,7 @@ setup(
             "transformers>=5.24",
             "trl>=1.16",
         ],
+        "docs": docs,
         "check": ["ruff>=0.8", "mypy>=1.13"],
         "mutation": ["cosmic-ray>=8.4"],
         # Each of these needs a GPU, a large download, or both; without them the contender or the score is left out.

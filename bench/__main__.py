@@ -2,7 +2,7 @@
 
     python -m bench                                  # measure, then report into runs/bench-DATE/
     python -m bench report RESULTS --out FOLDER      # tables and plots of results made before
-    python -m bench readme RESULTS README.md         # write the results between README's markers
+    python -m bench readme                           # README's table and pictures, from the committed results
     python -m bench accuracy --device cpu            # errors beside PyTorch's, for docs/accuracy.md; --help says more
 
 RESULTS is a file ``results.json`` or, of a run that was cut off, ``journal.jsonl``. Other arguments go to pytest:
@@ -19,16 +19,16 @@ from pathlib import Path
 import pytest
 
 from bench import accuracy
+from bench.reporting.readme import RESULTS, ROOT, STEPS, write_readme
 from bench.reporting.records import read_results
 from bench.reporting.report import write_report
-from bench.reporting.tables import fill_sections
 
-HERE = Path(__file__).resolve().parent
+HERE = ROOT / "bench"
 
 
 def measure(arguments: list[str]) -> int:
     """Run pytest over the benchmarks, then write the report of whatever was measured."""
-    folder = HERE.parent / "runs" / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = ROOT / "runs" / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True)
     results, journal = folder / "results.json", folder / "journal.jsonl"
     options = ["--benchmark-only", "--benchmark-columns=median,iqr,rounds", "--progress", "--no-header", "-q"]
@@ -52,16 +52,15 @@ def main(arguments: list[str]) -> int:
     report = commands.add_parser("report", help="tables and plots of results")
     report.add_argument("results", type=Path)
     report.add_argument("--out", type=Path, required=True)
-    readme = commands.add_parser("readme", help="write results between a page's markers")
-    readme.add_argument("results", type=Path)
-    readme.add_argument("page", type=Path)
+    readme = commands.add_parser("readme", help="README's table and pictures, from the committed results")
+    readme.add_argument("--results", type=Path, default=RESULTS, help="of the operations (default: %(default)s)")
+    readme.add_argument("--steps", type=Path, default=STEPS, help="of training steps (default: %(default)s)")
+    readme.add_argument("--page", type=Path, default=ROOT / "README.md", help="where the markers are")
     options = parser.parse_args(arguments)
-    results = read_results(options.results)
     if options.command == "report":
-        print(write_report(results, options.out))
+        print(write_report(read_results(options.results), options.out))
     else:
-        text = options.page.read_text(encoding="utf-8")
-        options.page.write_text(fill_sections(text, results), encoding="utf-8")
+        write_readme(options.page, options.results, options.steps)
     return 0
 
 

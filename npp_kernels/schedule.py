@@ -136,7 +136,7 @@ class PatchSchedule:
         raise IndexError(f"step: expected 0 to {self.total_steps - 1}, got {step}")
 
     def lr_factor(self, step: int, warmup_steps: int, decay_ratio: float, end_factor: float) -> float:
-        """Return the factor of the peak learning rate at ``step``: every stage warms up, stays, and decays.
+        """Return the factor of the peak learning rate at ``step``; each stage warms up, stays there, and decays.
 
         >>> from npp_kernels import PatchSchedule
         >>> schedule = PatchSchedule([(2, 100), (1, 200)])

@@ -110,8 +110,8 @@ class StepGraph:
             the warm-up. They have to be capturable, with a learning rate that is a tensor, and other numbers that stay
             those of the capture. A capture that fails leaves the gradients of their parameters alone.
         warmup: calls before a capture, at least 2; None for 3, or 11 where `torch.distributed` is initialized.
-        max_graphs: patches and sets of shapes at the same time. One more is an error: batches of ever new shapes would
-            be captured for ever.
+        max_graphs: how many graphs there may be at a time: one for each patch and set of shapes. One more is an error,
+            since batches of ever new shapes would be captured for ever.
         release_past: as soon as a call brings new options, release the graphs of all others: for stages that follow
             each other, as in coarse-to-fine training.
         generators: CUDA generators beside the default one that the step draws from.

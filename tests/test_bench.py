@@ -1,5 +1,6 @@
 """The benchmarks' own machinery: who may be timed, what is counted, in which order, and what the pages say."""
 
+import doctest
 import json
 from dataclasses import asdict, replace
 
@@ -12,7 +13,7 @@ from bench.cases.contenders import CONTENDERS, Contender
 from bench.cases.inputs import make_inputs, real_tokens, spread, uniform_tokens
 from bench.cases.oracle import RejectedError, check_result, errors, expected
 from bench.cases.shapes import OPERATIONS, Workload, selection
-from bench.reporting import tables
+from bench.reporting import readme
 from bench.reporting.goals import goals, goals_table
 from bench.reporting.records import Journal, Record, Refusal, Results, read_results
 from bench.reporting.report import write_report
@@ -373,30 +374,58 @@ def test_the_report_renders_when_ours_or_all_others_are_missing(tmp_path):
     assert write_report(replace(results, records=()), tmp_path / "none").exists()
 
 
+def some_steps() -> readme.Steps:
+    cells = {}
+    for patch in (8, 4, 2, 1):
+        for formulation, milliseconds in (("official", 20.0), ("ours", 16.0 / patch)):
+            cell = {"median_ms": milliseconds, "peak_gib": milliseconds, "device": "Some GPU", "torch": "2.11"}
+            cells["B", 64, patch, formulation] = cell
+    return readme.Steps(cells)
+
+
+def test_gains_are_read_from_the_results():
+    table = readme.gain_table(some_results(), some_steps())
+    assert "| training step of B, patch 4 | 20.0 ms | - | **4.00 ms** | 5.0x |" in table
+    mean = "**11.0 ms** | 1.8x |"  # a quarter of the steps takes 4 ms, a quarter 8, the rest 16
+    assert f"| the same in the mean of a run in 3 stages | 20.0 ms | - | {mean}" in table
+    assert "| peak memory of a step of XXL, patch 1 | - | - | **-** | - |" in table  # not measured
+    assert "| `patch_cross_entropy`, patch 4 | - | - | **-** | - |" in table
+    assert len(table.splitlines()) <= 2 + 12
+    assert doctest.testmod(readme).failed == 0
+
+
+def test_a_gain_of_an_operation_is_on_the_best_of_all_others():
+    row = readme._operation_gain(some_results(), ("group_mean", "B", 2), "mean", "ms", lambda r: 1e3 * r.median)
+    assert row.cells() == ["mean", "-", "3.00 ms (torch)", "**1.00 ms**", "3.0x"]
+    assert row._replace(official=2.0).cells()[-1] == "2.0x"
+    assert row._replace(official=0.5).cells()[-1] == "0.50x"  # a loss is shown as one
+    small = readme._operation_gain(some_results(), ("group_mean", "B", 4), "host", "µs", lambda r: r.host_seconds)
+    assert small.ours is None  # what was timed by the host is the forward here
+
+
 def test_readme_sections_are_filled_and_stay_as_they_are_the_second_time():
-    page = "before\n<!-- results:summary -->\nold\n<!-- /results:summary -->\nbetween\n"
-    page += "<!-- results:provenance --><!-- /results:provenance -->\nafter\n"
-    once = tables.fill_sections(page, some_results())
+    page = "before\n<!-- results:gains -->\nold\n<!-- /results:gains -->\nbetween\n"
+    page += "<!-- results:origin --><!-- /results:origin -->\nafter\n"
+    once = readme.fill_sections(page, some_results(), some_steps())
     assert "old" not in once
-    assert "3.00x (torch)" in once
-    assert "Some GPU" in once
-    assert [once.index(word) for word in ("before", "between", "after")] == sorted(
-        once.index(word) for word in ("before", "between", "after")
-    )
-    assert tables.fill_sections(once, some_results()) == once
+    assert "**4.00 ms**" in once
+    assert "commit abcdef012345, 2026-11-24" in once
+    places = [once.index(word) for word in ("before", "between", "after")]
+    assert places == sorted(places)
+    assert readme.fill_sections(once, some_results(), some_steps()) == once
 
 
 @pytest.mark.parametrize(
     ("page", "message"),
     [
         ("nothing here", "found none"),
-        ("<!-- results:speed --><!-- /results:speed -->", "expected one of provenance"),
-        ("<!-- results:summary -->", "expected the marker <!-- /results:summary -->"),
+        ("<!-- results:speed --><!-- /results:speed -->", "expected one of origin, gains"),
+        ("<!-- results:gains -->", "expected the marker <!-- /results:gains -->"),
     ],
 )
 def test_readme_markers_that_are_wrong_are_named(page, message):
     with pytest.raises(ValueError, match=message):
-        tables.fill_sections(page, some_results())
+        readme.fill_sections(page, some_results(), some_steps())
 
 
 def test_a_journal_reads_as_the_json_does(tmp_path):

@@ -1,10 +1,8 @@
-"""Results as Markdown: tables for the report and for README, every figure of them from the records."""
+"""Results as Markdown: the tables of the report, every figure of them from the records."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 from bench.cases.contenders import CONTENDERS
@@ -218,34 +216,3 @@ def refusal_list(results: Results) -> str:
     """List who was not timed, and why."""
     lines = [f"- `{r.contender}` on {r.workload}, {PASSES[r.direction]}: {r.reason}" for r in results.refusals]
     return "\n".join(lines) or "None: every contender that is installed agrees with the reference."
-
-
-README_SECTIONS: dict[str, Callable[[Results], str]] = {
-    "provenance": provenance,
-    "summary": summary_table,
-    "small": small_table,
-    **{operation: partial(operation_tables, operation) for operation in OPERATIONS},
-}
-
-
-def fill_sections(text: str, results: Results) -> str:
-    """Write each section of results between its markers; the rest of the text stays as it is.
-
-    The markers are ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``, with a NAME of `README_SECTIONS`.
-
-    Raises:
-        ValueError: a marker has no end or names no section, or there is none at all.
-    """
-    names = re.findall(r"<!-- results:(\w+) -->", text)
-    if not names:
-        raise ValueError("expected a marker such as <!-- results:summary --> in the text, found none")
-    for name in names:
-        if name not in README_SECTIONS:
-            raise ValueError(f"results:{name}: expected one of {', '.join(README_SECTIONS)}")
-        start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
-        before, _, rest = text.partition(start)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(f"results:{name}: expected the marker {end} after it, found none")
-        text = f"{before}{start}\n{README_SECTIONS[name](results)}\n{end}{after}"
-    return text

@@ -113,12 +113,12 @@ def group_mean(
         groups: ``[..., K]``, int32 or int64, ids in ``[0, V)`` or ``ignore_index``; usually from `group_tokens`.
         ignore_index: an id that is left out of the sum and of the divisor; None where every id counts.
         out_dtype: the dtype of the result; the table's where None.
-        shard: which ids the rows of ``table`` are, where a process group shares out the vocabulary: ``table [V_r, D]``
-            then, and on every rank the same ``groups``, with ids of the whole vocabulary. Every rank gets all means,
-            and the gradient of its own rows. A `DTensor` with the placement ``Shard(0)`` needs none.
-        order: what `order_groups` made of these groups, so that the backward has no sorting to do (nor has it for a
-            few hundred ids, which a GPU looks through). Whether it is that
-            of these groups, and not of others of the same shape, is seen with `check_ids` on alone. Not over a shard.
+        shard: this rank's slice of the vocabulary, where a process group shares it out. ``table`` is then ``[V_r, D]``;
+            ``groups`` are the same on every rank, with ids of the whole vocabulary. Every rank gets all means, and the
+            gradient of its own rows. A `DTensor` with the placement ``Shard(0)`` needs none.
+        order: what `order_groups` made of these groups, so that the backward need not sort. (For a few hundred ids it
+            does not sort anyway.) That it belongs to these groups, and not to others of the same shape, is checked
+            only with `check_ids` on. Not together with a shard.
 
     Returns:
         ``[..., D]`` of ``out_dtype``.
@@ -132,9 +132,9 @@ def group_mean(
 
     Numerics:
         Sums in fp32 (fp64 for float64), rounded once. ``K = 1`` is `F.embedding`, bit for bit. The gradient of the
-        table accumulates in fp32, rounds once to the table's dtype, and is bitwise reproducible from run to run, and
-        the same with ``order`` and without. Over a shard the sums of all ranks are added in fp32 before they are
-        divided and rounded; only a -0.0 becomes 0.0.
+        table accumulates in fp32, and is rounded once to the table's dtype. It is the same bit for bit from run to run,
+        with ``order`` and without. Over a shard the sums of all ranks are added in fp32 before they are divided and
+        rounded; a -0.0 becomes 0.0.
 
     Memory:
         Forward: the result alone; over a shard the sums in fp32, too. Backward: the table's gradient, about 20 bytes

@@ -18,7 +18,7 @@ from npp_kernels.embeddings.torch_path import torch_segments
 
 
 class GroupOrder(NamedTuple):
-    """Where each id of some groups stands in them, for the backward of `group_mean`; made by `order_groups`.
+    """The positions of each id in some groups, sorted for the backward of `group_mean`; `order_groups` makes it.
 
     >>> import torch, npp_kernels
     >>> order = npp_kernels.order_groups(torch.tensor([[2, 0], [2, 1]]), vocab_size=3)
@@ -27,8 +27,8 @@ class GroupOrder(NamedTuple):
     >>> order.to("cpu").ignore_index is None
     True
 
-    The positions of id ``v``, ascending, are ``positions.flatten()[starts[v]:starts[v + 1]]``. It goes where a batch
-    goes: a data loader collects, pins and sends it as it does any named tuple of tensors.
+    The positions of id ``v``, ascending, are ``positions.flatten()[starts[v]:starts[v + 1]]``. A data loader collates
+    and pins it like any named tuple of tensors.
     """
 
     keys: Tensor  # [num_ids], int32: the ids, sorted; vocab_size for those that count nowhere, which come last
@@ -60,8 +60,8 @@ def order_groups(groups: Tensor, vocab_size: int, *, ignore_index: int | None = 
     >>> table.grad[:, 0].tolist()
     [0.0, 1.0, 0.5, 0.0, 0.5]
 
-    It is worth its while where it runs beside other work, as in the worker of a data loader, or serves several
-    backwards. Made in the step itself and used once, it costs what it saves.
+    It pays where it runs beside other work, as in the worker of a data loader, or where one order serves several
+    backwards. In the step itself, and used once, it costs what it saves.
 
     Args:
         groups: ``[..., K]``, int32 or int64, fewer than 2³¹ ids: the very groups that `group_mean` will be given, so

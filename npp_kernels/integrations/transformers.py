@@ -7,7 +7,7 @@
 
 Each patch enters as the mean of its tokens' embeddings and predicts the K tokens of the next. `PatchTrainerMixin` and
 `PatchCollator` (`npp_kernels.integrations.transformers_trainer`) are the same for `Trainer` and TRL's `SFTTrainer`.
-PatchTrain (arXiv 2407.12665) and Token-Superposition Training average over the places of a patch, which is
+PatchTrain (arXiv 2407.12665) and Token-Superposition Training average over the slots of a patch, which is
 ``normalize="slot"``, the latter with ``slot_weights`` where later tokens count less.
 """
 
@@ -107,7 +107,7 @@ def apply(
 
 
 class Patched:
-    """A patched model's state, and the handle of `apply`, whose arguments it takes.
+    """The handle of a patched model: its patch, a pause, and the way back. `apply` makes it, of the same arguments.
 
     While it is in place, the model's forward with ``labels`` also takes ``num_targets``: the sum of `count` over all
     micro-batches and ranks of a step, the divisor that makes their losses add up to that of one big batch.

@@ -215,7 +215,7 @@ def linear_patch_cross_entropy(
     chunk_rows: int | None = None,
     shard: VocabularyShard | None = None,
 ) -> Tensor | tuple[Tensor, PatchLossStats]:
-    """Apply the output layer and score its rows: ``hidden [..., D], weight [V, D], groups [..., K]``.
+    """Return the patch cross entropy of ``hidden [..., D] @ weight [V, D].T`` without keeping those logits.
 
     >>> import torch, npp_kernels
     >>> hidden = torch.randn(2, 3, 16, requires_grad=True)
@@ -226,7 +226,7 @@ def linear_patch_cross_entropy(
     >>> hidden.grad.shape, head.weight.grad.shape
     (torch.Size([2, 3, 16]), torch.Size([8, 16]))
 
-    ``patch_cross_entropy(F.linear(hidden, weight, bias), groups, ...)``, without the ``[N, V]`` logits.
+    It is ``patch_cross_entropy(F.linear(hidden, weight, bias), groups, ...)``, a chunk of rows at a time.
 
     Args:
         hidden: ``[..., D]``, float32, bfloat16, float16 or float64.
@@ -236,7 +236,7 @@ def linear_patch_cross_entropy(
             ``hidden``.
         bias: ``[V]`` or None.
         ignore_index: see `patch_cross_entropy`, as for all options up to ``num_targets``.
-        slot_weights: K weights, one per place in the group.
+        slot_weights: K weights, one for each slot.
         class_weight: ``[V]``, one weight for each id.
         normalize: ``"target"``, ``"row"`` or ``"slot"``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -248,12 +248,12 @@ def linear_patch_cross_entropy(
         inplace_backward: accepted so that both losses take the same options; the logits of a chunk are never the
             caller's, and are always overwritten.
         return_stats: also return `PatchLossStats`, from the same pass.
-        chunk_rows: at most so many rows of logits exist at a time; where None, 4,096, or fewer so that they stay below
-            2²⁹ elements, or all, where that takes no more memory.
-        shard: which ids the rows of ``weight`` are, where a process group shares out the vocabulary: ``weight``
-            ``[V_r, D]`` and ``bias [V_r]`` then, and on every rank the same ``hidden`` and ``groups``, with ids of the
-            whole vocabulary, and the same options. Every rank gets the whole loss and the whole gradient of ``hidden``.
-            A `DTensor` of weights with the placement ``Shard(0)`` needs none; ``hidden`` may be a replicated one.
+        chunk_rows: the most rows whose logits exist at a time. None chooses 4,096, or fewer so that they stay below
+            2²⁹ elements, or all rows where that takes no more memory.
+        shard: this rank's slice of the vocabulary, where a process group shares it out. ``weight`` is then
+            ``[V_r, D]`` and ``bias [V_r]``; ``hidden``, ``groups`` (with ids of the whole vocabulary) and options are
+            the same on every rank. Every rank gets the whole loss and the whole gradient of ``hidden``. A `DTensor` of
+            weights with the placement ``Shard(0)`` needs none; ``hidden`` may be a replicated one.
 
     Returns:
         The loss, 0-d, or with ``reduction="none"`` ``[..., K]`` with 0 where ignored; fp32, or fp64 for fp64 products.
@@ -266,11 +266,11 @@ def linear_patch_cross_entropy(
         RuntimeError: a double backward.
 
     Numerics:
-        Logits are rounded to the products' dtype, as `F.linear` does, except in bfloat16 on a Hopper GPU, where 4,096
-        rows and more without ``bias``, ``label_smoothing``, ``softcap`` and ``return_stats`` round only the softmax's
-        numerators. Softmax and sums in fp32. The gradient of ``weight`` accumulates in fp32 across chunks and is
-        rounded once to the dtype of ``weight``. Over a shard logits are always rounded, and the gradient of ``hidden``
-        is summed over the ranks in fp32, and rounded once.
+        Logits are rounded to the products' dtype, as by `F.linear`. One case is more exact: in bfloat16 on a Hopper
+        GPU, with 4,096 rows or more and without ``bias``, ``label_smoothing``, ``softcap``, ``return_stats`` and a
+        shard, only the softmax's numerators are rounded. Softmax and sums are in fp32. The gradient of ``weight``
+        accumulates in fp32 over the chunks, and is rounded once to the dtype of ``weight``. Over a shard the gradient
+        of ``hidden`` is summed over the ranks in fp32, and rounded once.
 
     Memory:
         One chunk of logits, ``chunk_rows · V`` elements, and the gradients, which exist from the forward on; with more

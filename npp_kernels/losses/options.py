@@ -16,7 +16,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class PatchLossStats(NamedTuple):
-    """What the loss knows of each row: detached, of the groups' leading shape; fp32 but for the ids."""
+    """Statistics of each row, from the loss's pass: detached, of the groups' leading shape; fp32 but for the ids."""
 
     lse: Tensor
     """The logsumexp of the row's logits."""

@@ -150,7 +150,7 @@ def patch_cross_entropy(
     return_stats: bool = False,
     shard: VocabularyShard | None = None,
 ) -> Tensor | tuple[Tensor, PatchLossStats]:
-    """Score each row of logits against all targets of its group: ``logits [..., V], groups [..., K]``.
+    """Return the cross entropy of each row against all its targets: ``logits [..., V], groups [..., K]``.
 
     >>> import torch, npp_kernels
     >>> logits = torch.zeros(2, 3, 8, requires_grad=True)
@@ -162,8 +162,8 @@ def patch_cross_entropy(
     >>> logits.grad.shape
     torch.Size([2, 3, 8])
 
-    ``loss = Σ_pj c_pj · (lse_p − z_p[t_pj])``, with coefficients c by ``normalize``, w the slot weights and m 1 for a
-    target that counts:
+    ``loss = Σ_pj c_pj · (lse_p − z_p[t_pj])`` over rows p and slots j. The coefficients c follow from ``normalize``;
+    w are the slot weights, and m is 1 for a target that counts, 0 for one that is ignored:
 
     - ``"target"``: ``w_j m_pj / Σ_pj w_j m_pj``, what `F.cross_entropy` gives over all targets;
     - ``"row"``: ``w_j m_pj / (Σ_j w_j m_pj) / rows with a target``;
@@ -173,8 +173,8 @@ def patch_cross_entropy(
         logits: ``[..., V]``, float32, bfloat16, float16 or float64.
         groups: ``[..., K]``, int32 or int64, ids in ``[0, V)`` or ``ignore_index``; the leading axes are those of
             ``logits``.
-        ignore_index: a target that counts nowhere.
-        slot_weights: K weights of at least 0, one per place in the group; ones where None.
+        ignore_index: the value of a target that does not count.
+        slot_weights: K weights of at least 0, one for each slot; ones where None.
         class_weight: ``[V]``, floating point: one weight for each id, ``weight`` in `F.cross_entropy`. A target's loss
             is multiplied by that of its id, and so is m in the divisors above.
         normalize: ``"target"``, ``"row"`` or ``"slot"``; used by ``reduction="mean"``.
@@ -191,8 +191,8 @@ def patch_cross_entropy(
             at once, and there can be only one backward. Under `torch.compile`, which plans memory itself, it has no
             effect.
         return_stats: also return `PatchLossStats`, from the same pass.
-        shard: which ids this rank's logits are, where a process group shares out the vocabulary: ``logits [..., V_r]``
-            then, and on every rank the same rows of ``groups``, with ids of the whole vocabulary, and the same options.
+        shard: this rank's slice of the vocabulary, where a process group shares it out. ``logits`` are then
+            ``[..., V_r]``; rows, ``groups`` (with ids of the whole vocabulary) and options are the same on every rank.
             A `DTensor` of logits that is sharded on its last axis needs none.
 
     Returns:
