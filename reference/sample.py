@@ -325,6 +325,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not (options.out or options.codes or options.adm):
         parser.error("nothing to write: give --out, --codes or --adm")
+    for name in ("out", "codes", "adm"):
+        path = getattr(options, name)
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"--{name}: expected a folder that is there, got {path.parent}")
+    if options.out is not None and options.out.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--out: expected a picture, such as grid.png, got {options.out}")
     return options
 
 
@@ -335,26 +341,31 @@ def main() -> None:
     model = load_model(options.checkpoint, ema=options.weights == "average")
     model.to(options.device, DTYPES[options.dtype])
     print(f"sampling from the {describe_weights(settings, options.weights)}")
+    # What decodes is looked for before minutes of sampling.
+    decoder: Any = pkgutil.resolve_name(options.decoder) if options.decoder else None
+    tokenizer = None
+    if decoder is None and (options.out or options.adm):
+        tokenizer = load_tokenizer(options.data or settings.get("data", ""))
+        if tokenizer is None:
+            raise SystemExit("these tokens need a decoder: give --decoder, or --data with a k-means tokenizer")
     classes = options.classes or list(range(model.config.num_classes))
     labels = torch.tensor(classes * options.per_class)
     sampler = load_sampler(model, options, settings)
     tokens = sampler(labels, torch.Generator(options.device).manual_seed(options.seed), progress=True)
     if options.codes:
-        np.save(options.codes, tokens.cpu().numpy().astype(np.uint16))
-    if not (options.out or options.adm):
-        return
-    if options.decoder:
-        images = decode_with(pkgutil.resolve_name(options.decoder), tokens, options.batch_size)
-    else:
-        tokenizer = load_tokenizer(options.data or settings.get("data", ""))
+        with options.codes.open("wb") as file:
+            np.save(file, tokens.cpu().numpy().astype(np.uint16))
+    if options.out or options.adm:
         if tokenizer is None:
-            raise SystemExit("these tokens need a decoder: give --decoder, or --data with a k-means tokenizer")
-        images = tokenizer.decode(tokens.cpu().numpy())
-    if options.adm:
-        save_adm(options.adm, images)
-    if options.out:
-        by_class = images.reshape(options.per_class, len(classes), *images.shape[1:]).swapaxes(0, 1)
-        save_grid(options.out, by_class.reshape(images.shape), columns=options.per_class)
+            images = decode_with(decoder, tokens, options.batch_size)
+        else:
+            images = tokenizer.decode(tokens.cpu().numpy())
+        if options.adm:
+            save_adm(options.adm, images)
+        if options.out:
+            by_class = images.reshape(options.per_class, len(classes), *images.shape[1:]).swapaxes(0, 1)
+            save_grid(options.out, by_class.reshape(images.shape), columns=options.per_class)
+    print(f"wrote {', '.join(str(path) for path in (options.codes, options.out, options.adm) if path)}")
 
 
 if __name__ == "__main__":

@@ -206,10 +206,11 @@ def run(module, monkeypatch, *arguments):
     module.main()
 
 
-def test_sample_command(checkpoint, tmp_path, monkeypatch):
+def test_sample_command(checkpoint, tmp_path, monkeypatch, capsys):
     common = ("--classes", 3, 1, "--per-class", 3, "--top-k", 20)
     grid, codes, adm = tmp_path / "grid.png", tmp_path / "codes.npy", tmp_path / "adm.npz"
     run(sample, monkeypatch, "--checkpoint", checkpoint, *common, "--out", grid, "--codes", codes, "--adm", adm)
+    assert f"wrote {codes}, {grid}, {adm}" in capsys.readouterr().out
     tokens = np.load(codes)
     assert tokens.shape == (6, 4, 4)
     images = np.load(adm)["arr_0"]
@@ -250,6 +251,14 @@ def test_commands_say_what_is_missing(checkpoint, tmp_path, monkeypatch, capsys)
         assert f"argument {option}: expected at least 1, got 0" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="these tokens need a decoder"):
         run(sample, monkeypatch, "--checkpoint", checkpoint, "--data", "codes:DIR", "--out", tmp_path / "grid.png")
+    for option, path, words in (
+        ("--out", "none/grid.png", "expected a folder that is there"),
+        ("--codes", "none/codes.npy", "expected a folder that is there"),
+        ("--out", "grid.npy", "expected a picture, such as grid.png"),
+    ):
+        with pytest.raises(SystemExit):
+            run(sample, monkeypatch, "--checkpoint", checkpoint, option, tmp_path / path)
+        assert f"{option}: {words}" in capsys.readouterr().err
     state = torch.load(checkpoint, weights_only=True)
     del state["train_config"]
     torch.save(state, checkpoint)
