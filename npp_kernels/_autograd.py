@@ -20,7 +20,7 @@ def refuse_transforms(name: str, *upstream: Tensor | None) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    # PyTorch has no public question for either; `torch.autograd.Function.apply` asks the first as well.
+    # PyTorch has no public way to ask either; `torch.autograd.Function.apply` uses the first one itself.
     inside = torch._C._are_functorch_transforms_active()
     for gradient in upstream:
         inside = inside or (gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient))
@@ -80,8 +80,8 @@ def first_order_only(name: str) -> Callable:
         def first_order(ctx, *upstream):
             refuse_transforms(name, *upstream)
             compiling = torch.compiler.is_compiling()
-            # The rule: nobody wants to differentiate the results. What compiled code traces here with gradients off, it
-            # may run with them on.
+            # Usually nobody wants to differentiate the results. Compiled code may trace this with gradients off and
+            # run it with them on, so that it always turns them off here.
             if not compiling and not torch.is_grad_enabled():
                 return backward(ctx, *upstream)
             with torch.no_grad():

@@ -119,7 +119,7 @@ def check_id_range(groups: Tensor, vocab_size: int, ignore_index: int | None) ->
     if not groups.numel():
         return
     smallest, largest = groups.aminmax()
-    if smallest.item() >= 0 and largest.item() < vocab_size:  # the rule, and quicker to see than every id by itself
+    if smallest.item() >= 0 and largest.item() < vocab_size:  # the usual case; faster than comparing every id
         return
     bad = (groups < 0) | (groups >= vocab_size)
     if ignore_index is not None:

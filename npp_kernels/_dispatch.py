@@ -43,17 +43,18 @@ def num_multiprocessors(tensor: Tensor) -> int:
     """Return how many multiprocessors the tensor's GPU has; 1 for the interpreter, which runs one program at a time."""
     if not tensor.is_cuda:
         return 1
-    if torch.compiler.is_compiling():  # which knows this call for a constant, and does not look into the cache
+    if torch.compiler.is_compiling():  # torch.compile takes this call as a constant, and cannot trace the cache
         return torch.cuda.get_device_properties(tensor.device).multi_processor_count
     return _read_multiprocessors(tensor.device.index)
 
 
 @functools.cache
 def _read_capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index) if torch.version.cuda is not None else (0, 0)  # ROCm has its own
+    # ROCm numbers its devices otherwise, so they count as older than any of NVIDIA's.
+    return torch.cuda.get_device_capability(index) if torch.version.cuda is not None else (0, 0)
 
 
-@torch.compiler.assume_constant_result  # compiled code keeps it, and does not look into the cache
+@torch.compiler.assume_constant_result  # torch.compile keeps the value, and cannot trace the cache
 def _cuda_capability(index: int) -> tuple[int, int]:
     return _read_capability(index)
 

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_map
 _SYNC_WARNING = "called a synchronizing"
 _HARMLESS_WARNINGS = (
     "Synchronization debug mode is a prototype",
-    "This instance was constructed with capturable=True",  # its steps without a graph are the warm-up
+    "This instance was constructed with capturable=True",  # we run the warm-up steps without a graph on purpose
 )
 _steps_running = 0
-_failed_graphs: list[torch.cuda.CUDAGraph] = []  # kept: the host allocator's filter of a failed capture points to them
+_failed_graphs: list[torch.cuda.CUDAGraph] = []  # kept alive: the host allocator still points to them
 
 
 def runs_step() -> bool:
@@ -74,7 +74,7 @@ class Recorder:
             try:
                 return function()
             except BaseException as error:
-                errors.append(error)  # ending the capture will fail too, and hide it
+                errors.append(error)  # kept, since ending the capture will fail too and hide it
                 raise
 
         with torch.cuda.device(self.device):
@@ -88,9 +88,9 @@ class Recorder:
             for generator in self.generators:
                 graph.register_generator_state(generator)
             try:
-                # On the stream of the warm-up: what it compiled keeps autograd's nodes, and a node stays on the stream
-                # that it was made on. The thread that pins a loader's memory calls CUDA at any time, and must not end
-                # this capture.
+                # On the stream of the warm-up: code compiled there keeps autograd nodes, and a node stays on the stream
+                # on which it was made. Thread-local mode: the pinning thread of a data loader may call CUDA at any
+                # time, which must not end this capture.
                 with (
                     _step_running(),
                     _no_collection(),
@@ -98,7 +98,7 @@ class Recorder:
                 ):
                     outputs = remembering()
             except BaseException as error:
-                torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own behind when it cannot end a capture
+                torch.cuda.set_stream(current)  # torch.cuda.graph does not restore it when ending the capture fails
                 self._recover(graph, generators, states)
                 raise (errors or [error])[0] from None
         return graph, outputs
@@ -110,11 +110,11 @@ class Recorder:
         graph.reset()
         _failed_graphs.append(graph)
         for generator, state in zip(generators, states, strict=True):
-            # A generator that was in the capture may believe that it still is: give it a state object of its own.
+            # After a failed capture a generator may still be marked as captured: a new state object clears that.
             fresh = torch.Generator(generator.device)
             fresh.set_state(state)
             generator.graphsafe_set_state(fresh.graphsafe_get_state())
-        with suppress(RuntimeError):  # where the capture could be ended, it did this itself
+        with suppress(RuntimeError):  # raised where ending the capture has done this already
             torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
             torch._C._cuda_releasePool(self.device.index, self._pool)
         self._pool = None

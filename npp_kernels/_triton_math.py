@@ -31,13 +31,13 @@ def divide(x, y):
     """
     quotient = x / y
     missing = tl.fma(-quotient, y, x) / y
-    return tl.where(missing == missing, quotient + missing, quotient)  # an infinite quotient misses NaN
+    return tl.where(missing == missing, quotient + missing, quotient)  # for an infinite quotient, missing is NaN
 
 
 @triton.jit
 def log1p(x):
     """Return log(1 + x) for x in [0, 1], to the last places of fp32 however small x is."""
-    # 2 · artanh(x / (2 + x)): the ratio is at most a third, and the term that is left out 1e-9 of the sum.
+    # 2 · artanh(x / (2 + x)): the ratio is at most a third, and the first term left out is 1e-9 of the sum.
     ratio = tl.div_rn(x, 2.0 + x)
     square = ratio * ratio
     series = 1.0 / 13.0 + square * (1.0 / 15.0)

@@ -96,7 +96,7 @@ class PatchCrossEntropyLoss(nn.Module):
         super().__init__()
         if isinstance(slot_weights, Tensor):
             slot_weights = slot_weights.tolist()
-        # Numbers of Python, which no cast rounds and no move from the meta device loses.
+        # Python numbers: a cast of the module does not round them, and a move from the meta device does not lose them.
         self.slot_weights = None if slot_weights is None else tuple(map(float, slot_weights))
         self.register_buffer("class_weight", class_weight)
         self.options: dict[str, Any] = {

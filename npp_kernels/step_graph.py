@@ -23,10 +23,12 @@ from torch.utils._pytree import tree_map
 
 from npp_kernels._recorder import Recorder, cloned, with_index
 
-WARMUP_STEPS = 3  # they compile, make the optimizer's state and cuBLAS's workspaces; the last is watched
-DDP_WARMUP_STEPS = 11  # DistributedDataParallel measures its first ten steps, which a graph must not hold
+WARMUP_STEPS = (
+    3  # these compile and allocate; the last one is also searched for what a graph refuses
+)
+DDP_WARMUP_STEPS = 11  # DistributedDataParallel measures its first ten steps; a graph must not contain that
 
-# What schedulers keep in a group beside the numbers that a step uses.
+# Entries of a parameter group that only schedulers use; a step does not read them.
 _UNUSED_BY_A_STEP = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr"}
 _WAITS = (
     ".item(), .tolist(), .cpu(), print or if on a tensor, nonzero, a copy from memory that is not pinned, a GradScaler "
@@ -38,7 +40,7 @@ class _Written(NamedTuple):
     """What a captured step of an optimizer writes and repeats."""
 
     optimizer: Optimizer
-    state: Any  # these objects are kept, so that no other can have their place in memory
+    state: Any  # kept alive, so that no other object gets the same address
     groups: Any
     places: list[int]  # of the parameters
     numbers: dict[str, Any]
@@ -309,8 +311,8 @@ class StepGraph:
             stage.graph, stage.outputs = recorder.record(lambda: self._compute(stage))
         except BaseException as error:
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient  # those of the failed capture were never computed
-            self.release()  # graphs of before share the failed one's pool and random state
+                parameter.grad = gradient  # the failed capture never computed its gradients
+            self.release()  # earlier graphs share the failed one's pool and random state
             if not isinstance(error, RuntimeError):
                 raise
             what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -333,7 +335,7 @@ class StepGraph:
         for then in stage.written:
             now = _written_by(then.optimizer)
             if now.state is not then.state or now.groups is not then.groups or now.places != then.places:
-                self.release()  # load_state_dict puts new tensors in the place of those that the graphs write
+                self.release()  # load_state_dict replaces the tensors that the graphs write
                 return self._stage_of(device, tensors, options)
             for name, value in now.numbers.items():
                 was = then.numbers.get(name)

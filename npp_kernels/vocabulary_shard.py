@@ -32,7 +32,7 @@ class VocabularyShard:
 
     >>> import torch, torch.distributed as dist
     >>> from npp_kernels import VocabularyShard, patch_cross_entropy
-    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)    # torchrun's job elsewhere
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)    # or by torchrun
     >>> shard = VocabularyShard.of(8)    # every rank says how many ids it holds: once, when the model is built
     >>> shard.start, shard.stop, shard.vocab_size
     (0, 8, 8)
@@ -127,10 +127,10 @@ class VocabularyShard:
 
     def start_all_reduce(self, tensor: Tensor, operation: str) -> dist.Work:
         """Begin `all_reduce`, and return what has to be waited for."""
-        # By name, as torch's own collectives in compiled code find theirs.
+        # By name, as PyTorch's own collectives find their group in compiled code.
         group = dist.distributed_c10d._resolve_process_group(self.group_name)  # type: ignore[arg-type]
         work = dist.all_reduce(tensor, getattr(dist.ReduceOp, operation.upper()), group=group, async_op=True)
-        assert work is not None  # which it is for a process that is not in the group
+        assert work is not None  # None only where this process is not in the group
         return work
 
 
@@ -162,7 +162,7 @@ def local_slice(name: str, tensor: Tensor, axis: int, shard: VocabularyShard | N
         TypeError: the tensor is placed otherwise.
         ValueError: it contradicts the caller's shard, or a rank has no id.
     """
-    from torch.distributed.tensor import Shard  # a DTensor came, so it is imported already
+    from torch.distributed.tensor import Shard  # already imported, since the caller has a DTensor
 
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     axis %= tensor.ndim
@@ -233,7 +233,7 @@ def whole_tensor(name: str, tensor: Tensor) -> Tensor:
     return tensor.to_local(grad_placements=placements)  # type: ignore[attr-defined]
 
 
-# What torch.compile sees of a reduction, which it must not reorder or look into.
+# A reduction as one operator: torch.compile must neither reorder it nor trace into it.
 @torch.library.custom_op("npp_kernels::sum_over_ranks", mutates_args=())
 def _sum_over_ranks(tensor: Tensor, group_name: str) -> Tensor:
     total = tensor.clone()

@@ -31,8 +31,8 @@ class GroupOrder(NamedTuple):
     and pins it like any named tuple of tensors.
     """
 
-    keys: Tensor  # [num_ids], int32: the ids, sorted; vocab_size for those that count nowhere, which come last
-    positions: Tensor  # the shape of the groups, int32: where those stood in the flattened groups
+    keys: Tensor  # [num_ids], int32: sorted ids; those that do not count are vocab_size, last
+    positions: Tensor  # the shape of the groups, int32: where each key stood in the flattened groups
     starts: Tensor  # [vocab_size + 1], int32
     ignore_index: int | None
 

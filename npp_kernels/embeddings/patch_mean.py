@@ -128,7 +128,7 @@ def _torch_forward(embeddings: Tensor, grid: Sequence[int], patch: Sequence[int]
 def _torch_backward(grad: Tensor, grad_embeddings: Tensor, grid: Sequence[int], patch: Sequence[int]) -> None:
     """Fill ``grad_embeddings [N, D]`` from the means' gradient ``[P, D]``."""
     split = [size for axis, step in zip(grid, patch, strict=True) for size in (axis // step, step)]
-    once = [size if index % 2 == 0 else 1 for index, size in enumerate(split)]  # of one place of all patches
+    once = [size if index % 2 == 0 else 1 for index, size in enumerate(split)]  # the shape of one place of every patch
     images, hidden_size = grad_embeddings.shape[0] // max(math.prod(grid), 1), grad_embeddings.shape[1]
     spread = (grad / math.prod(patch)).view(images, *once, hidden_size)
     grad_embeddings.view(images, *split, hidden_size).copy_(spread)

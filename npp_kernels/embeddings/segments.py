@@ -41,7 +41,7 @@ STARTS_BLOCK = 256
 class Segments(NamedTuple):
     """``order[starts[v]:starts[v + 1]]`` are the positions of id ``v``, ascending."""
 
-    keys: Tensor  # [num_ids], int32: the ids in that order; vocab_size for those that count nowhere, which come last
+    keys: Tensor  # [num_ids], int32: sorted ids; those that do not count are vocab_size, last
     order: Tensor  # [num_ids], int32
     starts: Tensor  # [vocab_size + 1], int32
 
@@ -190,7 +190,7 @@ def _digit_scatter_kernel(
         # start: as unsigned numbers, one comparison tells an earlier equal from everything else.
         local = tl.arange(0, TILE)
         number = digit * TILE + local - 1
-        # Counted in a tile, and summed across threads once, at the end.
+        # Counted per element of a tile, and summed across threads once, at the end.
         earlier = tl.zeros([TILE, BLOCK_OTHERS], tl.int32)
         for first in tl.static_range(0, TILE, BLOCK_OTHERS):
             other = first + tl.arange(0, BLOCK_OTHERS)

@@ -17,7 +17,7 @@ def torch_means(
     if group_size == 1 and ignore_index is None:
         return F.embedding(groups[:, 0], table).to(out_dtype), None
     wide = torch.promote_types(table.dtype, torch.float32)
-    # On 16 bit the operation rounds the sum before it divides, and some of its paths every partial sum.
+    # In 16 bit the operation rounds the sum before it divides; some of its code paths round every partial sum.
     if ignore_index is None and out_dtype == table.dtype == wide and num_groups:
         # Its mean takes longer than its sum and a division.
         return F.embedding_bag(groups, table, mode="sum").div_(group_size), None
@@ -71,6 +71,6 @@ def torch_table_gradient(
     elif group_size > 1:
         scaled = scaled / group_size
     _, order, starts = segments or torch_segments(groups, vocab_size, ignore_index)
-    num_segments = vocab_size if ignore_index is None else vocab_size + 1  # the last, of what is ignored, is dropped
+    num_segments = vocab_size if ignore_index is None else vocab_size + 1  # the last is dropped
     sums = F.embedding_bag(order.long() // group_size, scaled, starts[:num_segments].long(), mode="sum")
     return sums[:vocab_size].to(dtype)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Options of torch.nn.Embedding that change its forward or its gradient, and the values that do not.
+# Options of torch.nn.Embedding that change its forward or gradient, with the values at which they do nothing.
 _EMBEDDING_OPTIONS = {"max_norm": None, "padding_idx": None, "scale_grad_by_freq": False, "sparse": False}
 
 
@@ -77,10 +77,10 @@ def linear_difference(module: nn.Module) -> str | None:
 
 def _difference(module: nn.Module, expected: type[nn.Module]) -> str | None:
     kind = type(module)
-    name = f"{kind.__module__}.{kind.__qualname__}"  # in full: an adapter's class may have the same short name
+    name = f"{kind.__module__}.{kind.__qualname__}"  # an adapter's class may have the same short name
     if not isinstance(module, expected):
         return f"a {name}"
-    # An instance may have a forward of its own: that is how offloading and adapters reach into a model.
+    # Offloading and adapters replace the forward of an instance.
     if kind.forward is not expected.forward or kind.__call__ is not nn.Module.__call__ or "forward" in vars(module):
         return f"a {name} with a forward of its own"
     if hooks := [hook.removeprefix("_") for hook in _HOOKS if getattr(module, hook)]:

@@ -71,7 +71,7 @@ def group_packed(
     end = following.flip(1).cummin(dim=1).values.flip(1)  # where the next document begins, or the row ends
     _check_shifted(tokens, labels, index, end)
 
-    # The first token after a group is the label of the group's last, and so on: K − 1 labels further on.
+    # A group's targets are the labels that begin K − 1 places after its first token.
     ahead = index + (patch - 1)
     targets = labels.gather(1, ahead.clamp(max=length - 1)).where(ahead < end, IGNORE_INDEX)
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import npp_kernels._checks as checks  # its switch is looked up when it is needed
+import npp_kernels._checks as checks  # as a module, since its switch may change
 from npp_kernels._checks import described
 
 IGNORE_INDEX = -100
-# What is folded, or has nothing to do with tokens. Any other tensor that a model takes is one value for each token.
+# Arguments that are folded into patches, or are not by token. Any other tensor is taken to hold one value a token.
 FOLDED = ("input_ids", "labels", "attention_mask", "position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 LENGTHS = ("max_length_q", "max_length_k")
 REFUSED = {
@@ -130,7 +130,7 @@ def find_faults(inputs: dict[str, Any], patch: int) -> list[tuple[Tensor, str]]:
         places = torch.arange(patch, device=groups.device)
         bad = (groups != groups[..., :1] + places) | (groups[..., :1] % patch != 0)
         if mask is not None:
-            bad = bad & (mask.unflatten(1, (-1, patch)) != 0)  # padding has any position
+            bad = bad & (mask.unflatten(1, (-1, patch)) != 0)  # padding may have any position
         faults.append((bad.any(), f"position_ids: {_STRADDLES.format(patch=patch)}"))
     if inputs.get("seq_idx") is not None:
         groups = inputs["seq_idx"].unflatten(1, (-1, patch))

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from npp_kernels.integrations._layers import linear_difference
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
-INPUT_SCALES = ("embedding_multiplier", "embed_scale")  # FalconH1 and others, which scale in the look-up's place
+INPUT_SCALES = ("embedding_multiplier", "embed_scale")  # FalconH1 and others: the model scales after the look-up
 BATCH, LENGTH = 2, 32
-# A part of the logits' own spread; rounding stays far below, and a head with arithmetic of its own far above.
+# As a share of the logits' spread: rounding stays far below this, and a head with arithmetic of its own far above.
 LOGIT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -86,7 +86,7 @@ def _find_plain(patched: Any, inputs: dict[str, Tensor], own: Any) -> Formulatio
             try:
                 with torch.enable_grad():
                     outputs, _ = _seeded(patched.run_patched, inputs, 1, formulation)
-            except Exception as error:  # the model's code on inputs that it was not written for: any error may come
+            except Exception as error:  # the model's code, on inputs that it was not written for
                 failures.append(repr(error))
                 continue
             if not _same_logits(outputs.logits, own.logits):
@@ -147,7 +147,7 @@ def _find_fused(patched: Any, inputs: dict[str, Tensor], own: Any, plain: Formul
         try:
             _, hidden = _seeded(patched.run_patched, inputs, 1, formulation)
             logits = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
-        except Exception:  # arithmetic after the head that needs all of the vocabulary; its own logits serve
+        except Exception:  # arithmetic after the head needs the whole vocabulary: use the model's own logits
             continue
         if softcap is not None:
             logits = softcap * torch.tanh(logits.float() / softcap)
@@ -238,7 +238,7 @@ def _kept_state(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():
             module.training = training
         for buffer, value in buffers.items():
-            if not torch.equal(buffer, value):  # a graph of before may hold those that nothing wrote to
+            if not torch.equal(buffer, value):  # an earlier autograd graph may hold buffers that did not change
                 buffer.copy_(value)
 
 

@@ -85,7 +85,7 @@ def patch_loss(hidden: Tensor, output: nn.Module, groups: Tensor, *, num_targets
         No logits. Of a layer that does more than a `torch.nn.Linear` (an adapter, hooks), the logits that it returns,
         once for each patch.
     """
-    return cast(Tensor, _loss(hidden, output, groups, num_targets=num_targets))  # alone, since no statistics are asked
+    return cast(Tensor, _loss(hidden, output, groups, num_targets=num_targets))  # alone: no statistics are asked for
 
 
 def coarse_rotary_table(model: nn.Module, patch: int) -> Tensor:
@@ -208,12 +208,12 @@ class PatchForward:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        # Put on the instance by somebody else, or of the class. It takes p where the code is NPP's.
+        # The forward of the class, or one that somebody has put on the instance. NPP's takes p, LlamaGen's does not.
         self.previous: Callable[..., Any] | None = vars(model).get("forward")
         self.takes_patches = "p" in inspect.signature(model.forward).parameters
         side = _side(model)
         device = next(model.parameters()).device
-        device = torch.device("cpu") if device.type == "meta" else device  # they move with the model
+        device = torch.device("cpu") if device.type == "meta" else device  # the tables move with the model later
         patches = [patch for patch in range(1, side + 1) if side % patch == 0]
         self.tables = {patch: coarse_rotary_table(model, patch).to(device) for patch in patches}
 
@@ -289,7 +289,7 @@ class PatchForward:
         is_plain = embedding_difference(embedding) is None
         if p == 1 and not is_plain:
             return embedding(idx)[:, : side**2 - 1]
-        idx = F.pad(idx, (0, side**2 - idx.shape[1]))  # the last token is in the last group
+        idx = F.pad(idx, (0, side**2 - idx.shape[1]))  # the pad's group is no input
         if is_plain:
             return patch_inputs(embedding, group_tokens(idx, p, grid=(side, side)))
         return patch_mean(embedding(idx), p, grid=(side, side))[:, :-1]
@@ -299,7 +299,7 @@ class PatchForward:
             _check_table("freqs_cis", given, rows, p)
             return given.to(device)
         if self.tables[p].device != device:
-            self.tables[p] = self.tables[p].to(device)  # the model has moved
+            self.tables[p] = self.tables[p].to(device)  # the model was moved meanwhile
         return self.tables[p]
 
 
@@ -331,13 +331,13 @@ def _compare(patched: PatchForward) -> None:
         raise ValueError("model: expected weights to compare with, got a model on meta: apply(model, check=False)")
     was_training, table = model.training, model.freqs_cis
     before = [weight.clone() for weight in weights]
-    # Autocast would keep its casts of the weights that are exchanged here.
+    # Autocast caches casts of the weights, which are exchanged here.
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.autocast(device.type, enabled=False):
         torch.manual_seed(0)
-        for weight in weights:  # it starts at zero, where every arithmetic gives the same loss
+        for weight in weights:  # the official code starts it at zero, where any formula gives the same loss
             weight.normal_(std=2 / math.sqrt(weight.shape[-1]))
         tokens = torch.randint(model.tok_embeddings.weight.shape[0], (1, model.block_size), device=device)
-        caption = getattr(model.cls_embedding, "uncond_embedding", None)  # of a model that is conditioned on text
+        caption = getattr(model.cls_embedding, "uncond_embedding", None)  # only in a model that is conditioned on text
         condition = torch.zeros(1, dtype=torch.int64, device=device) if caption is None else caption[None]
         options: dict[str, Any] = {}
         if patched.takes_patches:
@@ -345,10 +345,10 @@ def _compare(patched: PatchForward) -> None:
         forwards: tuple[Callable[..., Any], ...] = (patched.original, patched.forward)
         inputs = tokens if patched.takes_patches else tokens[:, :-1]
         losses = []
-        model.training = True  # of the whole, which decides what it does with the tokens; dropout stays as it is
+        model.training = True  # only the flag of the whole model, which decides what happens to the tokens
         try:
             for forward in forwards:
-                torch.manual_seed(1)  # the same dropout
+                torch.manual_seed(1)  # so that both draw the same dropout
                 losses.append(forward(idx=inputs, cond_idx=condition, targets=tokens, **options)[1].item())
         finally:
             model.training, model.freqs_cis = was_training, table

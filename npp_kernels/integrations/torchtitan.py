@@ -34,7 +34,7 @@ from npp_kernels.integrations._packed import group_packed
 from npp_kernels.losses.patch_cross_entropy import patch_cross_entropy
 from npp_kernels.schedule import PatchSchedule
 
-PLAIN_FORWARDS = (Decoder.forward, MTPDecoder.forward)  # tokens through tok_embeddings, once, with nothing in between
+PLAIN_FORWARDS = (Decoder.forward, MTPDecoder.forward)  # they call tok_embeddings on the tokens, once
 REFUSED_DEGREES = ("tensor_parallel_degree", "context_parallel_degree", "pipeline_parallel_degree")
 
 
@@ -61,7 +61,7 @@ class PatchEmbedding(Embedding):
             return super().forward(input)
         if self.tp_group is not None:
             raise ValueError("tensor_parallel_degree: expected 1 for patches, got a table that is split by vocabulary")
-        return group_mean(self.weight, input).clone()  # FSDP2 hooks what a module returns, and wants no view for that
+        return group_mean(self.weight, input).clone()  # FSDP2 hooks what a module returns, which must not be a view
 
 
 class PatchLoss(BaseLoss):
@@ -146,7 +146,7 @@ class PatchTrainer(Trainer):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.schedule = PatchSchedule(config.patches)
-        self.patch: int | None = None  # that of the last step; none yet, also after a checkpoint was loaded
+        self.patch: int | None = None  # of the last step; None before the first one, and after a checkpoint is loaded
 
     def batch_generator(
         self, data_iterable: Iterable[tuple[dict[str, Tensor], Tensor]]
@@ -173,7 +173,7 @@ class PatchTrainer(Trainer):
         _, flops_per_row = self.model_config.get_nparams_and_flops(self.model_parts[0], rows)
         self.metrics_processor.num_flops_per_token = flops_per_row // patch
         if not self.config.training.disable_cuda_graphs:
-            # A graph holds the shapes of its stage. Gradients and optimizer state were made outside of it, and stay.
+            # A graph has the shapes of one stage. Gradients and optimizer state were allocated outside of it, and stay.
             cudagraph.cudagraph_teardown()
             self.fwd_bwd_fn = cudagraph.wrap_with_cuda_graph(self._forward_backward_body)
 

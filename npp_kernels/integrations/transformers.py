@@ -1,7 +1,7 @@
 """Hugging Face causal language models: training on patches of K consecutive tokens, by a change of the model alone.
 
     patched = apply(model, patch=4)
-    loss = model(**batch).loss        # the call, and every trainer around it, stays as it is
+    loss = model(**batch).loss        # the call stays as it is, and so does every trainer
     patched.patch = 1                 # the next phase
     patched.undo()                    # the model as it was
 
@@ -52,7 +52,7 @@ from npp_kernels.losses.patch_cross_entropy import patch_cross_entropy
 
 __all__ = ["Formulation", "Patched", "UnsupportedModelError", "apply"]
 
-ATTRIBUTE = "_npp_patched"  # of the model, where its forward finds the state
+ATTRIBUTE = "_npp_patched"  # of the model; its forward finds the state there
 NORMALIZATIONS = ("target", "row", "slot")
 
 
@@ -143,7 +143,7 @@ class Patched:
         self.no_cache = {"use_cache": False} if takes_cache else {}
         self._patch = self._checked(patch)
         self._paused = False
-        self._call: Formulation | None = None  # of the call that runs
+        self._call: Formulation | None = None  # of the call in progress
         self._call_divisor: Tensor | float | None = None
         self._hidden: Tensor | None = None
         self._head: nn.Module | None = None
@@ -244,7 +244,7 @@ class Patched:
             raise_fault(find_faults(inputs, self._patch))
 
     def _weights(self, patch: int) -> Tensor | None:
-        return self.slot_weights if 1 < patch == self._patch else None  # one token alone has weight one
+        return self.slot_weights if 1 < patch == self._patch else None  # at patch 1 the only slot has weight 1
 
     def take_head(self, head: nn.Linear) -> None:
         """Put a forward of ours into the output layer, which can return hidden states in place of logits."""
@@ -309,7 +309,7 @@ class Patched:
         changes: dict[str, Any] = {"logits": None} if formulation.fused else {}
         if faults:
             wrong = torch.stack([fault for fault, _ in faults]).any()
-            changes["loss"] = outputs.loss * torch.where(wrong, torch.nan, 1.0)  # and so its gradients
+            changes["loss"] = outputs.loss * torch.where(wrong, torch.nan, 1.0)  # and with it the gradients
         return type(outputs)(**{**outputs, **changes}) if changes else outputs
 
     def run_own(self, inputs: dict[str, Any]) -> Any:
@@ -371,13 +371,13 @@ class Patched:
             hidden = rows if formulation.softcap is None else self._hidden
             assert hidden is not None
             if not torch.is_autocast_enabled(hidden.device.type):
-                hidden = hidden.to(head.weight.dtype)  # a model may widen its logits
+                hidden = hidden.to(head.weight.dtype)  # some models compute logits in a wider dtype
             loss = linear_patch_cross_entropy(
                 hidden, head.weight, groups, bias=head.bias, softcap=formulation.softcap, **options
             )
         else:
             loss = patch_cross_entropy(rows, groups, **options)
-        assert isinstance(loss, Tensor)  # alone, since no statistics are asked for
+        assert isinstance(loss, Tensor)  # a tensor alone, since no statistics are asked for
         return loss if share is None else loss * share
 
 

@@ -49,8 +49,8 @@ class PatchTrainerMixin:
         UnsupportedModelError: see `npp_kernels.integrations.transformers.apply`.
     """
 
-    loss_is_scaled_for_ga: bool | None = True  # by the count of the step's targets
-    # Of the trainer that comes after this class.
+    loss_is_scaled_for_ga: bool | None = True  # we divide by the step's targets ourselves
+    # Attributes of the trainer class that this one is mixed into.
     model: Any
     args: Any
     state: Any
@@ -73,7 +73,7 @@ class PatchTrainerMixin:
         self.lr_options = lr_options
         self.patched = apply(self.model, 1, normalize=normalize, slot_weights=slot_weights)
         for stage, _ in patch_schedule.boundaries:
-            self.patched.patch = stage  # refuses a patch of two axes, or weights that do not fit
+            self.patched.patch = stage  # raises for a patch of two axes, or slot weights that do not fit
         self.patched.patch = 1
 
     def _check_options(self) -> None:
@@ -125,8 +125,8 @@ class PatchTrainerMixin:
         if num_items_in_batch is None:
             outputs = model(**inputs)
             return (outputs.loss, outputs) if return_outputs else outputs.loss
-        # DDP averages over ranks: each gives its part times their number. Whatever the model adds to its loss is a mean
-        # already; so the part of the targets is scaled up inside, and then all of it down.
+        # DDP averages over ranks, so each rank's share of the sum is multiplied by their number. What the model adds to
+        # its loss is a mean already: the targets' part is therefore scaled up inside, and the whole scaled down after.
         steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         scale = self.accelerator.num_processes * steps
         outputs = model(**inputs, num_targets=num_items_in_batch / scale)
@@ -143,7 +143,7 @@ class PatchTrainerMixin:
         if self.lr_options is None:
             return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
         schedule, options = self.patch_schedule, dict(self.lr_options)
-        last = schedule.total_steps - 1  # the scheduler looks one step ahead
+        last = schedule.total_steps - 1  # the scheduler also asks for the step after the last
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer if optimizer is None else optimizer,
             lambda step: schedule.lr_factor(min(step, last), **options),
@@ -211,7 +211,7 @@ class PatchCollator:
 
     def _flat(self, documents: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         sizes = [self._padded(len(ids)) for ids, _ in documents]
-        sizes[-1] += max(2 * self.patch - sum(sizes), 0)  # nothing predicts a single patch
+        sizes[-1] += max(2 * self.patch - sum(sizes), 0)  # a single patch has nothing that predicts it
         batch = {
             "input_ids": torch.full((1, sum(sizes)), self.pad_token_id),
             "labels": torch.full((1, sum(sizes)), IGNORE_INDEX),
@@ -220,7 +220,7 @@ class PatchCollator:
         begin = 0
         for (ids, labels), size in zip(documents, sizes, strict=True):
             batch["input_ids"][0, begin : begin + len(ids)] = ids
-            batch["labels"][0, begin + 1 : begin + len(ids)] = labels[1:]  # nothing precedes the first
+            batch["labels"][0, begin + 1 : begin + len(ids)] = labels[1:]  # nothing predicts the first token
             begin += size
         return batch
 
