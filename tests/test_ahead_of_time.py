@@ -308,7 +308,8 @@ def score_arguments(group_size, hidden_size, everything=False):
         "weight_ptr": "*bf16", "groups_ptr": "*i64", "slot_scale_ptr": "*fp32", "class_weight_ptr": pointer,
         "totals_ptr": "*fp32", "rows_ptr": "*fp32", "probabilities_ptr": pointer, "scales_ptr": "*fp32",
         "scaled_ptr": "*bf16", "rows_stride": "i32", "vocab_size": "i32", "hidden_size": "i32", "ignore_index": "i32",
-        "z_loss": "fp32", "NUM_SUMS": 64, "BLOCK_SUMS": 64, "TILE": exponentials.BLOCK_VOCAB, "OVERLAP": False,
+        "z_loss": "fp32", "exponentials_stride": None, "NUM_SUMS": 64, "BLOCK_SUMS": 64,
+        "TILE": exponentials.BLOCK_VOCAB, "OVERLAP": False,
         **exponential_rows._score_options(hidden_size, group_size), **loss_targets(group_size).constants(),
     }  # fmt: skip
 
@@ -410,6 +411,10 @@ HOPPER_CASES = {
     "score K=16": (exponential_rows._score_exponentials_kernel, score_arguments(16, 1536)),
     "score K=256": (exponential_rows._score_exponentials_kernel, score_arguments(256, 2048)),
     "score K=4 all options": (exponential_rows._score_exponentials_kernel, score_arguments(4, 1536, True)),
+    "score K=4 padded rows": (
+        exponential_rows._score_exponentials_kernel,
+        score_arguments(4, 768) | {"exponentials_stride": "i32"},
+    ),
     "scale_rows": (exponential_rows._scale_rows_kernel, scale_rows_arguments()),
 }
 OPAQUE_CASES |= DECODE_CASES

@@ -31,7 +31,7 @@ LAYERS = [
     {"losses.exponentials", "losses.row_kernels", "losses.gradient_kernels", "losses.torch_path"},
     {"losses.exponential_rows"},
     {"losses.scores"},
-    {"losses.target_math", "losses.targets"},
+    {"losses.row_layout", "losses.target_math", "losses.targets"},
     {"losses.options", "losses.__init__"},
     {"embeddings.group_mean", "embeddings.patch_mean", "embeddings.__init__"},
     {"embeddings.group_order"},
