@@ -35,7 +35,16 @@ from npp_kernels.embeddings.mean_kernels import (
     _segment_sums_kernel,
 )
 from npp_kernels.embeddings.patch_mean import _patch_mean_kernel
-from npp_kernels.losses import exponential_rows, exponentials, gradient_kernels, row_kernels, shard_kernels, targets
+from npp_kernels.losses import (
+    exponential_rows,
+    exponentials,
+    gradient_kernels,
+    row_kernels,
+    row_layout,
+    shard_kernels,
+    targets,
+    wide_rows,
+)
 from reference import attention, optimizer, swiglu
 from tests.conftest import INTERPRETED
 from tests.decode_cases import DECODE_CASES, HOPPER_DECODE_CASES
@@ -67,8 +76,8 @@ SHARED_MEMORY = {
 def compile_kernel(kernel, target, arguments):
     """Compile ``kernel`` with ``arguments`` by name: a type ("*bf16", "i32"), or a value that is fixed.
 
-    Pointers and 32-bit sizes are taken as multiples of 16, as they are in training; kernels overlap where the target
-    can do that.
+    Pointers and 32-bit sizes are taken as multiples of 16, as they are in training, but for those of ragged rows;
+    kernels overlap where the target can do that.
     """
     arguments = dict(arguments)
     if "OVERLAP" in arguments:
@@ -86,7 +95,8 @@ def compile_kernel(kernel, target, arguments):
         (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
         for name, kind in types.items()
         if str(kind).startswith("*")
-        or name in ("vocab_size", "hidden_size", "logits_stride", "grad_stride", "row_stride")
+        or name == "hidden_size"
+        or (name in ("vocab_size", "logits_stride", "grad_stride", "row_stride") and not arguments.get("RAGGED"))
     }
     for name, kind in types.items():
         if isinstance(kind, tuple):
@@ -204,9 +214,12 @@ def loss_arguments(dtype, group_size, *, everything, totals=True):
 
 def row_case(dtype, vocab_size, group_size, everything=False):
     max_bytes = row_kernels.MAX_SMOOTHED_BYTES if everything else row_kernels.MAX_BLOCK_BYTES
-    in_registers, options = row_kernels._row_options(vocab_size, 4 if dtype == "fp32" else 2, max_bytes)
+    ragged = vocab_size % row_layout.ALIGNMENT != 0
+    in_registers, options = row_kernels._row_options(vocab_size, 4 if dtype == "fp32" else 2, max_bytes, ragged)
     pointer = "*fp32" if everything else None
-    return row_kernels._register_row_kernel if in_registers else row_kernels._wide_row_kernel, {
+    if ragged and not everything and dtype == "bf16" and options["BLOCK_VOCAB"] == row_kernels.LIMITED_BLOCK:
+        options["maxnreg"] = row_kernels.MAX_REGISTERS
+    return row_kernels._register_row_kernel if in_registers else wide_rows._wide_row_kernel, {
         **loss_arguments(dtype, group_size, everything=everything), **options, "losses_ptr": pointer,
         "probabilities_ptr": pointer, "predictions_ptr": "*i64" if everything else None, "ticket_ptr": "*i32",
         "loss_ptr": "*fp32",
@@ -219,8 +232,15 @@ def gradient_arguments(dtype, group_size, per_target):
         **loss_arguments(dtype, group_size, everything=not per_target, totals=not per_target),
         "upstream_ptr": None if per_target else "*fp32", "target_upstream_ptr": "*fp32" if per_target else None,
         "num_rows": "i32", "first_id": None, "num_ids": None, "SKIP_UNIT": not per_target,
-        "BLOCK_VOCAB": gradient_kernels.GRADIENT_BLOCK, "EVEN": per_target, "num_warps": 8,
+        "BLOCK_VOCAB": gradient_kernels.GRADIENT_BLOCK, "EVEN": per_target, "RAGGED": False, "num_warps": 8,
     }  # fmt: skip
+
+
+def ragged_gradient_arguments(dtype, group_size, per_target):
+    arguments = gradient_arguments(dtype, group_size, per_target)
+    arguments.pop("maxnreg", None)  # of rows that fill their blocks
+    limited = {"maxnreg": gradient_kernels.MAX_REGISTERS} if group_size in gradient_kernels.LIMITED_RAGGED_SLOTS else {}
+    return {**arguments, **(limited if per_target else {}), "EVEN": False, "RAGGED": True}
 
 
 def slice_gradient_arguments():
@@ -368,11 +388,24 @@ CASES = {
     "loss V=128256 K=1": row_case("bf16", 128256, 1),
     "loss V=262144 K=256": row_case("bf16", 262144, 256),
     "loss V=128256 K=4 all options": row_case("fp32", 128256, 4, True),
+    "loss V=50257 K=1": row_case("bf16", 50257, 1),
+    "loss V=50257 K=4 fp32": row_case("fp32", 50257, 4),
+    "loss V=50257 K=4 all options": row_case("bf16", 50257, 4, True),
+    "loss V=16385 K=4": row_case("bf16", 16385, 4),
+    "loss V=32767 K=4": row_case("bf16", 32767, 4),
+    "loss V=16383 K=16": row_case("bf16", 16383, 16),
+    "loss V=1023 K=4 all options": row_case("fp32", 1023, 4, True),
     "gradient K=4": (gradient_kernels._gradient_kernel, gradient_arguments("fp16", 4, False)),
     "gradient K=5 per target": (gradient_kernels._gradient_kernel, gradient_arguments("bf16", 5, True)),
     "gradient K=16 per target": (gradient_kernels._gradient_kernel, gradient_arguments("bf16", 16, True)),
     "gradient K=64 per target": (gradient_kernels._gradient_kernel, gradient_arguments("bf16", 64, True)),
     "gradient K=256 per target": (gradient_kernels._gradient_kernel, gradient_arguments("bf16", 256, True)),
+    "gradient K=4 per target, ragged": (gradient_kernels._gradient_kernel, ragged_gradient_arguments("bf16", 4, True)),
+    "gradient K=16 per target, ragged": (
+        gradient_kernels._gradient_kernel,
+        ragged_gradient_arguments("bf16", 16, True),
+    ),
+    "gradient K=4, ragged": (gradient_kernels._gradient_kernel, ragged_gradient_arguments("bf16", 4, False)),
     "gradient K=4 of a slice": (gradient_kernels._gradient_kernel, slice_gradient_arguments()),
     "measure V=64128 K=4": (shard_kernels._measure_kernel, measure_arguments("bf16", 64128, 4)),
     "measure V=16032 K=16": (shard_kernels._measure_kernel, measure_arguments("bf16", 16032, 16)),

@@ -29,7 +29,7 @@ LAYERS = [
     {"losses.sharded"},
     {"losses.shard_kernels"},
     {"losses.exponentials", "losses.row_kernels", "losses.gradient_kernels", "losses.torch_path"},
-    {"losses.exponential_rows"},
+    {"losses.exponential_rows", "losses.wide_rows"},
     {"losses.scores"},
     {"losses.row_layout", "losses.target_math", "losses.targets"},
     {"losses.options", "losses.__init__"},
