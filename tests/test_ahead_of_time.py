@@ -226,6 +226,11 @@ def row_case(dtype, vocab_size, group_size, everything=False):
     }  # fmt: skip
 
 
+def staggered_case(case):
+    kernel, arguments = case
+    return kernel, {**arguments, "started_ptr": "*i32", "first_wave": "i32"}
+
+
 def gradient_arguments(dtype, group_size, per_target):
     limited = per_target and dtype != "fp32" and group_size in gradient_kernels.LIMITED_SLOTS
     return ({"maxnreg": gradient_kernels.MAX_REGISTERS} if limited else {}) | {
@@ -388,6 +393,7 @@ CASES = {
     "loss V=128256 K=1": row_case("bf16", 128256, 1),
     "loss V=262144 K=256": row_case("bf16", 262144, 256),
     "loss V=128256 K=4 all options": row_case("fp32", 128256, 4, True),
+    "loss V=262144 K=4, half a row apart": staggered_case(row_case("bf16", 262144, 4)),
     "loss V=50257 K=1": row_case("bf16", 50257, 1),
     "loss V=50257 K=4 fp32": row_case("fp32", 50257, 4),
     "loss V=50257 K=4 all options": row_case("bf16", 50257, 4, True),

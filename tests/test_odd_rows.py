@@ -129,6 +129,21 @@ def test_what_lies_between_rows_is_neither_read_nor_written(device, stride, redu
     assert between.isnan().all()
 
 
+@pytest.mark.parametrize("vocab_size", [300, 320])
+def test_programs_that_are_half_a_row_apart(device, vocab_size, monkeypatch):
+    """Of those that start together every second one waits; the last of them for more than will ever come."""
+    monkeypatch.setattr(row_kernels, "MAX_BLOCK_BYTES", 512 if INTERPRETED else 8192)
+    monkeypatch.setattr(row_kernels, "STAGGERED_BYTES", 0)
+    monkeypatch.setattr(row_kernels, "num_multiprocessors", lambda logits: 6)
+    logits, groups = make_ragged(vocab_size if INTERPRETED else 100 * vocab_size, 14, device)
+    leaf, plain = (logits.clone().requires_grad_() for _ in range(2))
+    loss = npp_kernels.patch_cross_entropy(leaf, groups)
+    monkeypatch.setattr(row_kernels, "STAGGERED_BYTES", None)
+    expected = npp_kernels.patch_cross_entropy(plain, groups)
+    assert torch.equal(loss, expected)
+    assert torch.equal(*torch.autograd.grad(loss, leaf), *torch.autograd.grad(expected, plain))
+
+
 def test_rows_are_ragged_only_where_logits_and_gradient_start_alike():
     def rows(vocab_size, stride):
         return torch.empty(4, stride, device="meta")[:, :vocab_size]

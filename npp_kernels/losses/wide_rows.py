@@ -22,6 +22,7 @@ from npp_kernels.losses.target_math import (
     times_class_weights,
 )
 
+MAX_LOOKS = tl.constexpr(256)  # of a program that waits; each takes half a microsecond or more
 LANE_SPAN = tl.constexpr(32)  # logits of one lane that are read at a time
 FLOOR = tl.constexpr(torch.finfo(torch.float32).min)
 
@@ -89,7 +90,30 @@ def sum_of_rest(
     return rest
 
 
-@triton.jit(do_not_specialize=["ignore_index", "rows_stride"])
+@triton.jit
+def wait_for_half(started_ptr, first_wave):
+    """Wait, in every second of the programs that start together, until half of the others have read their rows once.
+
+    Programs that start together would all have read their rows at the same time, when the L2 cannot hold them; half a
+    row apart they need half of that. The wait has an end, for nothing but time depends on it.
+    """
+    program = tl.program_id(0)
+    if (program % 2 == 1) & (program < first_wave):
+        looks = 0
+        while (tl.atomic_add(started_ptr, 0) * 4 < first_wave - 1) & (looks < MAX_LOOKS):
+            looks += 1
+
+
+@triton.jit
+def tell_half(started_ptr, first_wave):
+    """Tell those that wait that this program has read its row once."""
+    program = tl.program_id(0)
+    if (program % 2 == 0) & (program < first_wave):
+        tl.debug_barrier()
+        tl.atomic_add(started_ptr, 1)
+
+
+@triton.jit(do_not_specialize=["ignore_index", "rows_stride", "first_wave"])
 def _wide_row_kernel(
     logits_ptr,  # [num_rows, vocab_size]
     grad_ptr,  # [num_rows, vocab_size] out or None; may be logits_ptr
@@ -104,6 +128,8 @@ def _wide_row_kernel(
     ticket_ptr,  # [1] in and out, or None: 0 before, num_rows after
     loss_ptr,  # [] out, if there is a ticket: the sum of the rows' losses
     logits_stride, grad_stride, rows_stride, vocab_size, ignore_index, label_smoothing, z_loss, softcap,
+    started_ptr,  # [1] in and out: 0 before; None unless programs are to be half a row apart: see `wait_for_half`
+    first_wave,  # how many programs start together; None likewise
     NORMALIZE: tl.constexpr, OVERLAP: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr, NUM_PARTIALS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr, BLOCK_VOCAB: tl.constexpr,
     LANES: tl.constexpr, RAGGED: tl.constexpr,
@@ -133,10 +159,14 @@ def _wide_row_kernel(
         edge_ids, edge_mask = find_edges(head, tile_size, vocab_size, VECTOR)
         raw_edges = tl.load(logits_row + edge_ids, mask=edge_mask, other=float("-inf")).to(tl.float32)
         edges = tl.where(edge_mask, capped(raw_edges, softcap), float("-inf"))
+    if started_ptr is not None:
+        wait_for_half(started_ptr, first_wave)
     lane_maximum, lane_total, lane_shortfall, others = find_lanes(
         tile_row, tile_size, softcap, anchor, tile_weight_ptr, label_smoothing is not None,
         predictions_ptr is not None, PRECISE, BLOCK_VOCAB, LANES,
     )  # fmt: skip
+    if started_ptr is not None:
+        tell_half(started_ptr, first_wave)
     maximum = tl.max(lane_maximum, axis=0)
     if RAGGED:
         tile_maximum = maximum
