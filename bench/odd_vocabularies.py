@@ -5,8 +5,9 @@
 
 ``products``: the three matrix products of the linear loss alone, with rows of logits as PyTorch makes them, with a pad
 behind each row, and with a pad that the products count in. ``linear`` and ``loss``: both losses on odd vocabularies and
-on the next multiple of 16, before and now. ``wide``: rows of 512 KiB, programs half a row apart or not. ``few``: 1,024
-and 256 rows, by how many programs look at the upstream gradient.
+on the next multiple of 16, before and now. ``chunks``: time and memory of the linear loss by ``chunk_rows``. ``wide``:
+rows of 512 KiB, programs half a row apart or not. ``few``: 1,024 and 256 rows, by how many programs look at the
+upstream gradient.
 
 Every figure is a median of runs taken in turn, in µs; nothing is timed whose loss and gradients were not compared with
 those of the code before.
@@ -18,6 +19,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -26,11 +28,12 @@ from torch import Tensor
 
 from bench.clocks import Candidate, Clock, make_clock, run_in_turn
 from bench.limits import measure_limits
+from bench.measure import peak_bytes
 from bench.tables import markdown_table
 from npp_kernels import linear_patch_cross_entropy, patch_cross_entropy
 from npp_kernels.losses import chunks, gradient_kernels, row_kernels, row_layout
 
-PARTS = ("products", "linear", "loss", "wide", "few")
+PARTS = ("products", "linear", "chunks", "loss", "wide", "few")
 Run = Callable[[], Any]
 
 
@@ -84,6 +87,13 @@ def check_equal(results: Sequence[Sequence[Tensor]], what: str) -> None:
             error = (found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30)
             if not error <= 2**-6:
                 raise AssertionError(f"{what}: expected equal results, got a difference of {error:.2e} of their norm")
+
+
+def alone(result: Any) -> Tensor:
+    """Return a loss that came without statistics."""
+    if not isinstance(result, Tensor):
+        raise TypeError(f"result: expected a loss alone, got {type(result).__name__}")
+    return result
 
 
 def make_groups(vocab_size: int, num_rows: int, group_size: int, device: torch.device) -> Tensor:
@@ -150,21 +160,47 @@ class Bench:
                 leaves = [hidden.requires_grad_(), weight.requires_grad_()]
 
                 def run(leaves: list[Tensor] = leaves, groups: Tensor = groups) -> tuple[Tensor, ...]:
-                    loss = linear_patch_cross_entropy(*leaves, groups)
+                    loss = alone(linear_patch_cross_entropy(leaves[0], leaves[1], groups))
                     return loss.detach(), *torch.autograd.grad(loss, leaves)
 
                 check_equal([before(run)(), run()], f"linear, V = {vocab_size}")
                 rows = min(num_rows, 4096)
                 logits = row_layout.empty_rows(rows, vocab_size, hidden)
-                alone = self.three_products(hidden[:rows].detach(), weight.detach(), logits)
-                old, now, *products = medians(self.clock, [before(run), run, *alone])
+                three = self.three_products(hidden[:rows].detach(), weight.detach(), logits)
+                old, now, *products = medians(self.clock, [before(run), run, *three])
                 products_time = sum(products) * num_rows / rows
                 cells = [f"{time:.0f}" for time in (products_time, old, now)]
                 shares = [f"{products_time / time:.2f}" for time in (old, now)]
                 table.append([f"{vocab_size:,}", f"{num_rows:,}", str(group_size), *cells, *shares])
-                del leaves, hidden, weight, logits, alone, run
+                del leaves, hidden, weight, logits, three, run
         header = ["V", "rows", "K", "products (padded)", "before", "now", "share before", "share now"]
         print(f"\n## Linear loss, forward + backward, D = 768\n\n{markdown_table(header, table)}", flush=True)
+
+    def chunks(self) -> None:
+        """Print what the linear loss takes by the rows of a chunk: time, and memory beside the gradients."""
+        table = []
+        num_rows, vocab_size = (256, 512) if self.small else (16384, 16384)
+        for hidden_size in (768, 1536):
+            leaves = [self.random(num_rows, hidden_size), self.random(vocab_size, hidden_size, scale=0.05)]
+            groups = make_groups(vocab_size, num_rows, 1, self.device)
+            given = [leaf.requires_grad_() for leaf in leaves]
+
+            def run(rows: int | None, given: list[Tensor] = given, groups: Tensor = groups) -> tuple[Tensor, ...]:
+                loss = alone(linear_patch_cross_entropy(given[0], given[1], groups, chunk_rows=rows))
+                return torch.autograd.grad(loss, given)
+
+            choices = (None, 4096, 2000, 1190, 1024)
+            times = medians(self.clock, [partial(run, rows) for rows in choices])
+            for rows, time in zip(choices, times, strict=True):
+                peak = peak_bytes(Candidate(partial(run, rows)), self.device)
+                beside = None if peak is None else (peak - sum(2 * leaf.numel() for leaf in leaves)) / 2**20
+                row = 2 * vocab_size + 6 * hidden_size
+                gradient = 2 * vocab_size * hidden_size
+                said = max(2 * gradient, gradient + (rows or 4096) * row) / 2**20
+                measured = "-" if beside is None else f"{beside:.0f}"
+                table.append([str(hidden_size), str(rows), f"{time:.0f}", measured, f"{said:.0f}"])
+        header = ["D", "chunk_rows", "time", "MiB beside the gradients", "as the docstring says"]
+        print(f"\n## Chunks, {num_rows:,} rows, V = {vocab_size:,}\n\n{markdown_table(header, table)}", flush=True)
 
     def loss(self) -> None:
         """Print the loss on the caller's logits, on odd vocabularies and the next multiples of 16."""
@@ -195,14 +231,14 @@ class Bench:
     def loss_run(self, kind: str, logits: Tensor, groups: Tensor) -> Run:
         """Return a run of the loss on logits, which returns what it found."""
         if kind == "forward":
-            return lambda: (patch_cross_entropy(logits, groups),)
+            return lambda: (alone(patch_cross_entropy(logits, groups)),)
         leaf = logits.requires_grad_()
         reduction = "none" if kind == "none" else "mean"
         upstream = torch.rand(groups.shape, device=self.device) if kind == "none" else None
 
         def run() -> tuple[Tensor, Tensor]:
             given = leaf.view_as(leaf) if kind == "in place" else leaf
-            loss = patch_cross_entropy(given, groups, reduction=reduction, inplace_backward=kind == "in place")
+            loss = alone(patch_cross_entropy(given, groups, reduction=reduction, inplace_backward=kind == "in place"))
             return loss.detach(), torch.autograd.grad(loss, given, upstream)[0]
 
         return run

@@ -50,7 +50,7 @@ LIMITED_BLOCK = 16384
 LIMITED_SLOTS = 64
 MAX_REGISTERS = 64
 # Rows from which on programs run half a row apart, see `wide_rows.wait_for_half`. Off until it is measured: on paper
-# rows of 512 KiB go from 0.76 of the limit to 0.88.
+# rows of 512 KiB go from 0.76 of the limit to between 0.85 and 0.91.
 STAGGERED_BYTES: int | None = None
 # Up to so many rows the last program adds up the loss: 0.024 ms against 0.028 for 256 rows of 16,384, forward and
 # backward. More rows queue up for the one counter: 0.416 against 0.390 for 16,384.
