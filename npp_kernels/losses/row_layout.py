@@ -41,9 +41,8 @@ def is_ragged(logits: Tensor, grad: Tensor | None) -> bool:
     """
     vocab_size, stride = logits.shape[1], logits.stride(0)
     grad_stride = stride if grad is None else grad.stride(0)
-    if all(size % ALIGNMENT == 0 for size in (vocab_size, stride, grad_stride)):
-        return False
-    return (stride - grad_stride) % ALIGNMENT == 0
+    is_aligned = vocab_size % ALIGNMENT == 0 and stride % ALIGNMENT == 0 and grad_stride % ALIGNMENT == 0
+    return not is_aligned and (stride - grad_stride) % ALIGNMENT == 0
 
 
 @triton.jit

@@ -160,6 +160,8 @@ def _wide_row_kernel(
         raw_edges = tl.load(logits_row + edge_ids, mask=edge_mask, other=float("-inf")).to(tl.float32)
         edges = tl.where(edge_mask, capped(raw_edges, softcap), float("-inf"))
     if started_ptr is not None:
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()  # for the 0
         wait_for_half(started_ptr, first_wave)
     lane_maximum, lane_total, lane_shortfall, others = find_lanes(
         tile_row, tile_size, softcap, anchor, tile_weight_ptr, label_smoothing is not None,
