@@ -23,9 +23,7 @@ from torch.utils._pytree import tree_map
 
 from npp_kernels._recorder import Recorder, cloned, with_index
 
-WARMUP_STEPS = (
-    3  # these compile and allocate; the last one is also searched for what a graph refuses
-)
+WARMUP_STEPS = 3  # these compile and allocate; the last one is also searched for what a graph refuses
 DDP_WARMUP_STEPS = 11  # DistributedDataParallel measures its first ten steps; a graph must not contain that
 
 # Entries of a parameter group that only schedulers use; a step does not read them.

@@ -35,7 +35,16 @@ from npp_kernels.embeddings.table_gradient import (
     _frequent_rows_kernel,
     _segment_sums_kernel,
 )
-from npp_kernels.losses import exponential_rows, exponentials, gradient_kernels, row_kernels, shard_kernels, targets
+from npp_kernels.losses import (
+    exponential_rows,
+    exponentials,
+    gradient_kernels,
+    row_kernels,
+    row_layout,
+    shard_kernels,
+    targets,
+    wide_rows,
+)
 from reference.network import attention, swiglu
 from reference.training import optimizer
 from tests.conftest import INTERPRETED
@@ -68,8 +77,8 @@ SHARED_MEMORY = {
 def compile_kernel(kernel, target, arguments):
     """Compile ``kernel`` with ``arguments`` by name: a type ("*bf16", "i32"), or a value that is fixed.
 
-    Pointers and 32-bit sizes are taken as multiples of 16, as they are in training; kernels overlap where the target
-    can do that.
+    Pointers and 32-bit sizes are taken as multiples of 16, as they are in training, but for those of ragged rows;
+    kernels overlap where the target can do that.
     """
     arguments = dict(arguments)
     if "OVERLAP" in arguments:
@@ -87,7 +96,8 @@ def compile_kernel(kernel, target, arguments):
         (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
         for name, kind in types.items()
         if str(kind).startswith("*")
-        or name in ("vocab_size", "hidden_size", "logits_stride", "grad_stride", "row_stride")
+        or name == "hidden_size"
+        or (name in ("vocab_size", "logits_stride", "grad_stride", "row_stride") and not arguments.get("RAGGED"))
     }
     for name, kind in types.items():
         if isinstance(kind, tuple):
@@ -214,13 +224,21 @@ def loss_arguments(dtype, group_size, *, everything, totals=True):
 
 def row_case(dtype, vocab_size, group_size, everything=False):
     max_bytes = row_kernels.MAX_SMOOTHED_BYTES if everything else row_kernels.MAX_BLOCK_BYTES
-    in_registers, options = row_kernels._row_options(vocab_size, 4 if dtype == "fp32" else 2, max_bytes)
+    ragged = vocab_size % row_layout.ALIGNMENT != 0
+    in_registers, options = row_kernels._row_options(vocab_size, 4 if dtype == "fp32" else 2, max_bytes, ragged)
     pointer = "*fp32" if everything else None
-    return row_kernels._register_row_kernel if in_registers else row_kernels._wide_row_kernel, {
+    if ragged and not everything and dtype == "bf16" and options["BLOCK_VOCAB"] == row_kernels.LIMITED_BLOCK:
+        options["maxnreg"] = row_kernels.MAX_REGISTERS
+    return row_kernels._register_row_kernel if in_registers else wide_rows._wide_row_kernel, {
         **loss_arguments(dtype, group_size, everything=everything), **options, "losses_ptr": pointer,
         "probabilities_ptr": pointer, "predictions_ptr": "*i64" if everything else None, "ticket_ptr": "*i32",
         "loss_ptr": "*fp32",
     }  # fmt: skip
+
+
+def staggered_case(case):
+    kernel, arguments = case
+    return kernel, {**arguments, "started_ptr": "*i32", "first_wave": "i32"}
 
 
 def gradient_arguments(dtype, group_size, per_target):
@@ -229,8 +247,15 @@ def gradient_arguments(dtype, group_size, per_target):
         **loss_arguments(dtype, group_size, everything=not per_target, totals=not per_target),
         "upstream_ptr": None if per_target else "*fp32", "target_upstream_ptr": "*fp32" if per_target else None,
         "num_rows": "i32", "first_id": None, "num_ids": None, "SKIP_UNIT": not per_target,
-        "BLOCK_VOCAB": gradient_kernels.GRADIENT_BLOCK, "EVEN": per_target, "num_warps": 8,
+        "BLOCK_VOCAB": gradient_kernels.GRADIENT_BLOCK, "EVEN": per_target, "RAGGED": False, "num_warps": 8,
     }  # fmt: skip
+
+
+def ragged_gradient_arguments(dtype, group_size, per_target):
+    arguments = gradient_arguments(dtype, group_size, per_target)
+    arguments.pop("maxnreg", None)  # of rows that fill their blocks
+    limited = {"maxnreg": gradient_kernels.MAX_REGISTERS} if group_size in gradient_kernels.LIMITED_RAGGED_SLOTS else {}
+    return {**arguments, **(limited if per_target else {}), "EVEN": False, "RAGGED": True}
 
 
 def slice_gradient_arguments():
@@ -318,7 +343,8 @@ def score_arguments(group_size, hidden_size, everything=False):
         "weight_ptr": "*bf16", "groups_ptr": "*i64", "slot_scale_ptr": "*fp32", "class_weight_ptr": pointer,
         "totals_ptr": "*fp32", "rows_ptr": "*fp32", "probabilities_ptr": pointer, "scales_ptr": "*fp32",
         "scaled_ptr": "*bf16", "rows_stride": "i32", "vocab_size": "i32", "hidden_size": "i32", "ignore_index": "i32",
-        "z_loss": "fp32", "NUM_SUMS": 64, "BLOCK_SUMS": 64, "TILE": exponentials.BLOCK_VOCAB, "OVERLAP": False,
+        "z_loss": "fp32", "exponentials_stride": None, "NUM_SUMS": 64, "BLOCK_SUMS": 64,
+        "TILE": exponentials.BLOCK_VOCAB, "OVERLAP": False,
         **exponential_rows._score_options(hidden_size, group_size), **loss_targets(group_size).constants(),
     }  # fmt: skip
 
@@ -379,11 +405,25 @@ CASES = {
     "loss V=128256 K=1": row_case("bf16", 128256, 1),
     "loss V=262144 K=256": row_case("bf16", 262144, 256),
     "loss V=128256 K=4 all options": row_case("fp32", 128256, 4, True),
+    "loss V=262144 K=4, half a row apart": staggered_case(row_case("bf16", 262144, 4)),
+    "loss V=50257 K=1": row_case("bf16", 50257, 1),
+    "loss V=50257 K=4 fp32": row_case("fp32", 50257, 4),
+    "loss V=50257 K=4 all options": row_case("bf16", 50257, 4, True),
+    "loss V=16385 K=4": row_case("bf16", 16385, 4),
+    "loss V=32767 K=4": row_case("bf16", 32767, 4),
+    "loss V=16383 K=16": row_case("bf16", 16383, 16),
+    "loss V=1023 K=4 all options": row_case("fp32", 1023, 4, True),
     "gradient K=4": (gradient_kernels._gradient_kernel, gradient_arguments("fp16", 4, False)),
     "gradient K=5 per target": (gradient_kernels._gradient_kernel, gradient_arguments("bf16", 5, True)),
     "gradient K=16 per target": (gradient_kernels._gradient_kernel, gradient_arguments("bf16", 16, True)),
     "gradient K=64 per target": (gradient_kernels._gradient_kernel, gradient_arguments("bf16", 64, True)),
     "gradient K=256 per target": (gradient_kernels._gradient_kernel, gradient_arguments("bf16", 256, True)),
+    "gradient K=4 per target, ragged": (gradient_kernels._gradient_kernel, ragged_gradient_arguments("bf16", 4, True)),
+    "gradient K=16 per target, ragged": (
+        gradient_kernels._gradient_kernel,
+        ragged_gradient_arguments("bf16", 16, True),
+    ),
+    "gradient K=4, ragged": (gradient_kernels._gradient_kernel, ragged_gradient_arguments("bf16", 4, False)),
     "gradient K=4 of a slice": (gradient_kernels._gradient_kernel, slice_gradient_arguments()),
     "measure V=64128 K=4": (shard_kernels._measure_kernel, measure_arguments("bf16", 64128, 4)),
     "measure V=16032 K=16": (shard_kernels._measure_kernel, measure_arguments("bf16", 16032, 16)),
@@ -422,6 +462,10 @@ HOPPER_CASES = {
     "score K=16": (exponential_rows._score_exponentials_kernel, score_arguments(16, 1536)),
     "score K=256": (exponential_rows._score_exponentials_kernel, score_arguments(256, 2048)),
     "score K=4 all options": (exponential_rows._score_exponentials_kernel, score_arguments(4, 1536, True)),
+    "score K=4 padded rows": (
+        exponential_rows._score_exponentials_kernel,
+        score_arguments(4, 768) | {"exponentials_stride": "i32"},
+    ),
     "scale_rows": (exponential_rows._scale_rows_kernel, scale_rows_arguments()),
 }
 OPAQUE_CASES |= DECODE_CASES

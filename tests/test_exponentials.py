@@ -8,6 +8,7 @@ import torch
 import reference.ops as reference
 from npp_kernels.losses import exponential_rows, exponentials
 from npp_kernels.losses.options import LossOptions
+from npp_kernels.losses.row_layout import empty_rows
 from npp_kernels.losses.scores import LOSS, MAXIMUM, REST, Scores
 from npp_kernels.losses.targets import find_targets
 from tests.conftest import INTERPRETED
@@ -74,13 +75,36 @@ def test_group_sizes(device, group_size):
     check(*make_inputs(device), make_groups(VOCAB_SIZE, NUM_ROWS, group_size, device))
 
 
-def test_a_row_that_its_sample_misjudges(device):
+@pytest.mark.parametrize("vocab_size", [599, 584, 513])
+def test_pads_behind_the_rows_of_odd_vocabularies_are_neither_read_nor_written(device, vocab_size, monkeypatch):
+    made = []
+
+    def poisoned(*arguments):
+        rows = empty_rows(*arguments)
+        made.append(rows.as_strided((rows.shape[0], rows.stride(0)), (rows.stride(0), 1)).fill_(float("nan")))
+        return rows
+
+    monkeypatch.setattr(exponentials, "empty_rows", poisoned)
+    hidden, weight = make_inputs(device)
+    weight = weight[:vocab_size].contiguous()
+    weight[-1] += hidden[7]  # a target in the last tile that has more than half of its row
+    groups = make_groups(vocab_size, NUM_ROWS, 4, device)
+    groups[7] = vocab_size - 1
+    check(hidden, weight, groups)
+    (rows,) = made
+    assert rows[:, :vocab_size].isfinite().all()
+    assert rows[:, vocab_size:].isnan().all()
+
+
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, VOCAB_SIZE - 1])
+def test_a_row_that_its_sample_misjudges(device, vocab_size):
     """Logits of which no sample knows are far above all others: 300 nats, where 73 fit."""
     hidden, weight = make_inputs(device)
-    sampled = set((torch.arange(exponentials.SAMPLE_SIZE) * VOCAB_SIZE // exponentials.SAMPLE_SIZE).tolist())
-    outlier = next(index for index in range(VOCAB_SIZE) if index not in sampled)
+    weight = weight[:vocab_size].contiguous()
+    sampled = set((torch.arange(exponentials.SAMPLE_SIZE) * vocab_size // exponentials.SAMPLE_SIZE).tolist())
+    outlier = next(index for index in range(vocab_size) if index not in sampled)
     weight[outlier] = hidden[5] * (300 / hidden[5].float().square().sum()).to(hidden.dtype)
-    groups = make_groups(VOCAB_SIZE, NUM_ROWS, 4, device)
+    groups = make_groups(vocab_size, NUM_ROWS, 4, device)
     assert (hidden.float() @ weight.float().t()).max() > 250
     check(hidden, weight, groups)
 

@@ -242,24 +242,28 @@ def test_default_chunks(num_rows, vocab_size, chunk_rows, spare_rows, sizes):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("num_rows", "group_size"), [(1024, 16), (4096, 4)])
-def test_full_size(num_rows, group_size, dtype):
-    inputs = make_inputs(num_rows, 768, 16384, "cuda", dtype, bias=False)
-    groups = make_groups(16384, num_rows, group_size, "cuda")
+@pytest.mark.parametrize(
+    ("num_rows", "vocab_size", "group_size"), [(1024, 16384, 16), (4096, 16384, 4), (512, 50257, 4)]
+)
+def test_full_size(num_rows, vocab_size, group_size, dtype):
+    inputs = make_inputs(num_rows, 768, vocab_size, "cuda", dtype, bias=False)
+    groups = make_groups(vocab_size, num_rows, group_size, "cuda")
     check(inputs, groups, torch.tensor(1.0, device="cuda"), chunk_rows=1500)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
-@pytest.mark.parametrize(("num_rows", "group_size"), [(4096, 16), (4097, 1)])
-def test_exponentials_in_place_of_logits(num_rows, group_size, scale, monkeypatch):
+@pytest.mark.parametrize(
+    ("num_rows", "vocab_size", "group_size"), [(4096, 16384, 16), (4097, 16384, 1), (4096, 16381, 4)]
+)
+def test_exponentials_in_place_of_logits(num_rows, vocab_size, group_size, scale, monkeypatch):
     """Both ways to the same gradients, for small and large logits; that of exponentials has to be taken."""
     module = import_module("npp_kernels.losses.chunks")
     launch, taken = module.launch_exponentials, []
     monkeypatch.setattr(module, "launch_exponentials", lambda *arguments: taken.append(1) or launch(*arguments))
-    hidden, weight, _ = make_inputs(num_rows, 768, 16384, "cuda", torch.bfloat16, bias=False)
+    hidden, weight, _ = make_inputs(num_rows, 768, vocab_size, "cuda", torch.bfloat16, bias=False)
     weight = (weight.float() * scale).bfloat16()
-    groups = make_groups(16384, num_rows, group_size, "cuda")
+    groups = make_groups(vocab_size, num_rows, group_size, "cuda")
 
     def gradients(function, dtype, **options):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in (hidden, weight)]

@@ -108,6 +108,7 @@ def _score_exponentials_kernel(
     scales_ptr,  # [num_rows] out: q
     scaled_ptr,  # [num_rows, hidden_size] out: q ⊙ hidden
     rows_stride, vocab_size, hidden_size, ignore_index, z_loss,
+    exponentials_stride,  # None where rows have no pad
     NORMALIZE: tl.constexpr, NUM_SUMS: tl.constexpr, BLOCK_SUMS: tl.constexpr, TILE: tl.constexpr,
     BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, TARGET_HIDDEN: tl.constexpr, TARGET_UNROLL: tl.constexpr,
     VOCAB_HIDDEN: tl.constexpr, OVERLAP: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
@@ -115,7 +116,10 @@ def _score_exponentials_kernel(
 ):  # fmt: skip
     """One program scores one row, and finds all that its gradient needs beside the exponentials."""
     row = tl.program_id(0).to(tl.int64)
-    exponentials_row = exponentials_ptr + row * vocab_size
+    if exponentials_stride is None:
+        exponentials_row = exponentials_ptr + row * vocab_size
+    else:
+        exponentials_row = exponentials_ptr + row * exponentials_stride
     groups_row = groups_ptr + row * GROUP_SIZE
     hidden_row = hidden_ptr + row * hidden_size
     slots = tl.arange(0, BLOCK_SLOTS)
@@ -248,6 +252,7 @@ def score_exponentials(
     """
     num_rows, hidden_size = hidden.shape
     exponentials, sums, tile = tiles
+    stride = exponentials.stride(0)
     scales = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
     scaled = torch.empty_like(hidden)
     launch(
@@ -271,6 +276,7 @@ def score_exponentials(
         hidden_size,
         targets.settings.ignore_index,
         targets.settings.z_loss,
+        None if stride == weight.shape[0] else stride,
         NUM_SUMS=sums.shape[1],
         BLOCK_SUMS=next_power_of_2(sums.shape[1]),
         TILE=tile,

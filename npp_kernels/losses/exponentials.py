@@ -24,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from npp_kernels._dispatch import cdiv, is_hopper, launch, num_multiprocessors
 from npp_kernels._triton_math import LOG2_E
 from npp_kernels.losses.exponential_rows import ScaledGradient, score_exponentials
+from npp_kernels.losses.row_layout import empty_rows
 from npp_kernels.losses.scores import Scores
 from npp_kernels.losses.targets import Targets
 
@@ -123,15 +124,16 @@ def _exponentials_kernel(
 def serves_exponentials(hidden: Tensor, weight: Tensor, targets: Targets, scores: Scores) -> bool:
     """Return whether these products, ``hidden [N, D]`` and ``weight [V, D]``, can be computed this way."""
     return (
-        is_hopper(hidden)  # the tiles fill its 227 KB of shared memory; what they take on later GPUs does not fit
+        # The tiles fill its 227 KB of shared memory. An A100 has no instructions for them, and would spill; Blackwell
+        # would need 240 KB for the same tiles, and with a stage less, which would fit, nobody has measured them.
+        is_hopper(hidden)
         and hidden.dtype == torch.bfloat16
         and hidden.shape[0] >= MIN_ROWS
         and MIN_VOCAB <= weight.shape[0] <= MAX_VOCAB
         and targets.settings.label_smoothing is None
         and targets.settings.softcap is None
         and scores.predictions is None  # statistics need logits
-        # The tensor memory accelerator takes multiples of 16 bytes.
-        and weight.shape[0] % 8 == 0
+        # The tensor memory accelerator takes rows of multiples of 16 bytes; those of the exponentials are ours to pad.
         and weight.shape[1] % 8 == 0
         and all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in (hidden, weight))
     )
@@ -163,7 +165,7 @@ def launch_exponentials(
     """Score ``hidden [N, D]``: fill ``scores``, and return the gradient of the logits."""
     num_rows, hidden_size = hidden.shape
     vocab_size = weight.shape[0]
-    exponentials = torch.empty((num_rows, vocab_size), dtype=hidden.dtype, device=hidden.device)
+    exponentials = empty_rows(num_rows, vocab_size, hidden)
     num_sums = cdiv(vocab_size, BLOCK_VOCAB)
     sums = torch.empty((num_rows, num_sums), dtype=torch.float32, device=hidden.device)
     tiles = cdiv(num_rows, BLOCK_ROWS) * num_sums

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from npp_kernels._dispatch import cdiv, launch, next_power_of_2, num_multiprocessors
 from npp_kernels._triton_math import capped, divide, exp, log1p
+from npp_kernels.losses.row_layout import ALIGNMENT, align, find_aligned_part, find_edges, is_ragged
 from npp_kernels.losses.scores import MAXIMUM, Scores
 from npp_kernels.losses.target_math import (
     find_divisor,
@@ -37,6 +38,7 @@ IDLE_PROGRAMS = 8
 # Left to itself NVIDIA's compiler takes 80 registers for 16 and 64 targets, so that three programs run at a time in
 # place of four: 27.4 µs in place of 23.7 for 1,024 rows, K = 16. For more targets 64 are too few, for fewer no gain.
 LIMITED_SLOTS = range(5, 65)
+LIMITED_RAGGED_SLOTS = range(2, 5)  # by estimate: 73 registers in place of 64, which rows that are not ragged take
 MAX_REGISTERS = 64
 
 
@@ -68,7 +70,7 @@ def _gradient_kernel(
     first_id, num_ids,  # of a slice of the vocabulary, and of the whole; None where the whole is here
     NORMALIZE: tl.constexpr, SKIP_UNIT: tl.constexpr, OVERLAP: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr, BLOCK_OTHERS: tl.constexpr, NUM_PARTIALS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr,
-    BLOCK_VOCAB: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """One program writes every num_programs-th block of BLOCK_VOCAB gradients.
 
@@ -97,11 +99,20 @@ def _gradient_kernel(
         groups_row = groups_ptr + row * GROUP_SIZE
         slots = tl.arange(0, BLOCK_SLOTS)
         offsets = first + tl.arange(0, BLOCK_VOCAB)
-        mask = offsets < vocab_size
+        tile_row, tile_grad, tile_size = logits_row, grad_row, vocab_size
+        if RAGGED:  # see `row_layout`: blocks have the aligned part; the edges belong to the first
+            VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
+            head, tile_size = find_aligned_part(row * logits_stride, vocab_size, VECTOR)
+            tile_row = logits_ptr + align(row * logits_stride, VECTOR)
+            tile_grad = grad_ptr + align(row * grad_stride, VECTOR)
+            edge_ids, edge_mask = find_edges(head, tile_size, vocab_size, VECTOR)
+            edge_mask = edge_mask & (edge_ids < tl.where(first == 0, vocab_size, 0))
+            raw_edges = tl.load(logits_row + edge_ids, mask=edge_mask, other=float("-inf"))
+        mask = offsets < tile_size
         if EVEN:  # the compiler drops a mask that it knows to be true
             mask = tl.full(offsets.shape, True, tl.int1)
         if EARLY:
-            raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf"))
+            raw = tl.load(tile_row + offsets, mask=mask, other=float("-inf"))
         targets = tl.load(groups_row + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
         whole_size = vocab_size
         if num_ids is not None:
@@ -135,7 +146,10 @@ def _gradient_kernel(
         if first_id is not None:
             columns -= first_id
             in_range = in_range & (columns < vocab_size)
-        in_block = in_range & (columns >= first) & (columns < first + BLOCK_VOCAB)
+        places = columns
+        if RAGGED:
+            places = tl.where((columns >= head) & (columns < head + tile_size), columns - head, 0)
+        in_block = in_range & (places >= first) & (places < first + BLOCK_VOCAB)
         target_logits = capped(tl.load(logits_row + columns, mask=in_block, other=0.0).to(tl.float32), softcap)
         at_targets = tl.zeros([BLOCK_SLOTS], tl.float32)
         row_terms = (divisor, softmax_weight, surplus, spread, smoothing_rest, rest)
@@ -145,18 +159,31 @@ def _gradient_kernel(
                 slots, softcap, PRECISE, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS,
             )  # fmt: skip
         if not EARLY:
-            raw = tl.load(logits_row + offsets, mask=mask, other=float("-inf"))
+            raw = tl.load(tile_row + offsets, mask=mask, other=float("-inf"))
         tl.debug_barrier()  # in place, a target's logit is read before its neighbours' gradients are written
         logits = capped(raw.to(tl.float32), softcap)
         by_id = spread
         if label_smoothing is not None:
             ids = offsets
+            if RAGGED:
+                ids += head
             if first_id is not None:
                 ids += first_id
             by_id = times_class_weights(spread, class_weight_ptr, ids, mask)
         weighted_softmax = exp(logits - maximum, PRECISE) * divide(softmax_weight, 1.0 + rest)
         gradient = gradient_away_from_targets(weighted_softmax, logits, by_id, idle, softcap)
-        tl.store(grad_row + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
+        tl.store(tile_grad + offsets, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
+        if RAGGED:
+            edges = capped(raw_edges.to(tl.float32), softcap)
+            by_id = spread
+            if label_smoothing is not None:
+                ids = edge_ids
+                if first_id is not None:
+                    ids += first_id
+                by_id = times_class_weights(spread, class_weight_ptr, ids, edge_mask)
+            weighted_softmax = exp(edges - maximum, PRECISE) * divide(softmax_weight, 1.0 + rest)
+            gradient = gradient_away_from_targets(weighted_softmax, edges, by_id, idle, softcap)
+            tl.store(grad_row + edge_ids, gradient.to(grad_ptr.dtype.element_ty), mask=edge_mask)
         if not EARLY:
             at_targets = _at_targets(
                 groups_row, (targets, in_block, weights, class_weights), maximum, row_terms, target_logits,
@@ -208,8 +235,10 @@ def launch_gradient(
     rows = scores.rows[MAXIMUM:]
     scalar, per_target = scores.split_upstream(upstream)
     settings, shard = targets.settings, targets.shard
-    even = vocab_size % block_vocab == 0
-    limited = even and logits.element_size() == 2 and targets.groups.shape[1] in LIMITED_SLOTS and targets.is_plain
+    ragged = is_ragged(logits, grad)
+    even = vocab_size % block_vocab == 0 and not ragged
+    limited_slots = LIMITED_RAGGED_SLOTS if ragged else LIMITED_SLOTS if even else ()
+    limited = logits.element_size() == 2 and targets.groups.shape[1] in limited_slots and targets.is_plain
     launch(
         _gradient_kernel,
         grid,
@@ -238,6 +267,7 @@ def launch_gradient(
         max_registers=MAX_REGISTERS if limited else None,
         BLOCK_VOCAB=block_vocab,
         EVEN=even,
+        RAGGED=ragged,
         num_warps=min(max(block_vocab // 512, 1), 8),
         **targets.constants(),
     )
@@ -245,6 +275,8 @@ def launch_gradient(
 
 def launch_scale(grad: Tensor, upstream: Tensor) -> None:
     """Multiply ``grad [N, M]`` by a scalar ``upstream`` in place, unless that is 1."""
+    if grad.shape[1] % ALIGNMENT and grad.is_contiguous() and grad.numel() % ALIGNMENT == 0:
+        grad = grad.view(1, -1)  # where rows start does not matter here
     num_rows, row_size = grad.shape
     grid, block = _gradient_blocks(grad, IDLE_PROGRAMS)
     launch(

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from npp_kernels._dispatch import cdiv, launch, next_power_of_2
 from npp_kernels._triton_math import capped, exp, log1p
-from npp_kernels.losses.row_kernels import find_lanes, sum_of_rest
 from npp_kernels.losses.scores import (
     BEFORE_CAP,
     CHECKSUM,
@@ -31,6 +30,7 @@ from npp_kernels.losses.scores import (
 )
 from npp_kernels.losses.target_math import find_weights, load_totals
 from npp_kernels.losses.targets import Targets
+from npp_kernels.losses.wide_rows import find_lanes, sum_of_rest
 from npp_kernels.vocabulary_shard import (
     CHECKSUM_FACTOR,
     CHECKSUM_MASK,
