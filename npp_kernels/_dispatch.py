@@ -53,7 +53,8 @@ def _read_capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index) if torch.version.cuda is not None else (0, 0)  # ROCm has its own
 
 
-@torch.compiler.assume_constant_result  # compiled code keeps it, and does not look into the cache
+# Compiled code keeps it, and does not look into the cache.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _cuda_capability(index: int) -> tuple[int, int]:
     return _read_capability(index)
 

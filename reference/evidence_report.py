@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import pyplot as plt
+
 from reference import language_report, sample_report
 from reference.claim import write_report
 from reference.journal import Journal
-from reference.outcomes import COLOURS, Outcome, by_way, plt, read_results, spread
+from reference.outcomes import COLOURS, Outcome, by_way, read_results, spread
 from reference.sample_report import mean_and_error
 from reference.sample_scores import GUIDANCE_OVER_TIME
 

@@ -6,8 +6,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from matplotlib import pyplot as plt
+
 from reference.journal import Journal
-from reference.outcomes import COLOURS, plt, spread
+from reference.outcomes import COLOURS, spread
 from reference.sample_report import mean_and_error
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import pyplot as plt
 
-from reference.outcomes import COLOURS, plt, spread
+from reference.outcomes import COLOURS, spread
 from reference.sample import save_grid
 from reference.sample_scores import KEPT_PER_CLASS, kept_name
 from reference.tokenizer import Tokenizer

@@ -26,13 +26,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from reference.checkpoint import load_model
-from reference.codes import TokenDataset, load_dataset, load_tokenizer
+from reference.codes import load_dataset, load_tokenizer
 from reference.journal import Budget, Journal
 from reference.model import Transformer
 from reference.outcomes import Outcome
 from reference.processes import Stopped
 from reference.sample import Sampler
 from reference.score import Gaussian, fit_gaussian, frechet_distance, halves, image_features
+from reference.token_dataset import TokenDataset
 from reference.tokenizer import Tokenizer
 from reference.train import Run
 

@@ -31,9 +31,10 @@ from tqdm import tqdm
 
 from npp_kernels import group_tokens
 from reference.checkpoint import load_model
-from reference.codes import TokenDataset, load_dataset, load_tokenizer
+from reference.codes import load_dataset, load_tokenizer
 from reference.model import Transformer
 from reference.sample import DTYPES, Sampler, add_model_arguments, describe_weights, load_sampler, run_settings
+from reference.token_dataset import TokenDataset
 from reference.tokenizer import Tokenizer
 
 FEATURE_SIZE = 224  # pixels of EfficientNet-Lite0's input

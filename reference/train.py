@@ -38,13 +38,14 @@ from tqdm import tqdm
 
 from npp_kernels import PatchSchedule, Stage
 from reference import checkpoint
-from reference.codes import ArrayDataset, TokenDataset, load_dataset
+from reference.codes import load_dataset
 from reference.config import FREE_TO_CHANGE, TrainConfig, parse
 from reference.heartbeat import Heartbeat
 from reference.log import COLUMNS, Log
 from reference.model import Transformer
 from reference.processes import STOPPED, Stopped, Termination, leave_stopping_to_the_run, only_run_in, process_group
 from reference.step import SETUP_STEPS, Progress, TrainStep
+from reference.token_dataset import ArrayDataset, TokenDataset
 
 EXPECTED = {errno.ENOSPC, errno.EDQUOT, errno.EAGAIN}  # the disk is full, or another run is in the folder
 # Logits of an evaluation's batch: what a CPU's caches do not suffer from, and what keeps a GPU busy (512 MB in fp32).
