@@ -11,6 +11,7 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TORCH_2_8 = torch.__version__.startswith("2.8.")  # the oldest that is supported, with faults of its own
 
 
 def pytest_addoption(parser):
