@@ -75,8 +75,8 @@ def commands(job: str, arguments: list[str]) -> list[Command]:
         return [Command(["-m", "tests.distribution", *arguments], {})]
     compiled = {**TEST_VARIABLES, "TRITON_INTERPRET": "0"}
     if job == "oldest":
-        files = arguments or [f"tests/test_{name}.py" for name in OLDEST]
-        return [Command(["-m", "pytest", *WORKERS, *files], compiled)]
+        files = [f"tests/test_{name}.py" for name in OLDEST]
+        return [Command(["-m", "pytest", *WORKERS, *files, *arguments], compiled)]
     if arguments:
         return [Command(["-m", "pytest", *arguments], compiled)]
     # Triton reads the variable when it is imported, so the interpreter takes a process of its own.
