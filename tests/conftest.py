@@ -66,6 +66,14 @@ def device(request):
     return torch.device(request.param)
 
 
+@pytest.fixture
+def kernel_device(device):
+    """A device where operations are kernels: a GPU, or the CPU in the interpreter."""
+    if device.type == "cpu" and not INTERPRETED:
+        pytest.skip("without the interpreter the CPU has no kernels")
+    return device
+
+
 @pytest.fixture(autouse=True)
 def _seed(request):
     torch.manual_seed(getattr(request, "param", request.config.getoption("seed")))
