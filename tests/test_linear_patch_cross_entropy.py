@@ -11,7 +11,8 @@ from npp_kernels.losses import row_kernels
 from npp_kernels.losses.chunks import find_chunks
 from tests.budget import assert_within_budget, rounded_scale
 from tests.conftest import INTERPRETED, TORCH_2_8
-from tests.test_patch_cross_entropy import DIFFERENTIABLE, OPTIONS, make_groups
+from tests.inputs import LOSS_OPTIONS, make_groups
+from tests.test_patch_cross_entropy import DIFFERENTIABLE
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # the interpreter truncates bfloat16
 NAMES = ("loss", "grad_hidden", "grad_weight", "grad_bias", "lse", "accuracy", "entropy")
@@ -75,7 +76,7 @@ def check(inputs, groups, upstream, *, chunk_rows=None, **options):
         assert_within_budget(*three, what=what, scale=scale)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=str)
 def test_options(device, options):
     inputs = make_inputs(23, 16, 75, device)
     groups = make_groups(75, 23, 4, device)
