@@ -31,7 +31,7 @@ from bench.timing.clocks import Candidate, Clock, make_clock, run_in_turn
 from bench.timing.limits import measure_limits
 from bench.timing.measure import peak_bytes
 from npp_kernels import linear_patch_cross_entropy, patch_cross_entropy
-from npp_kernels.losses import chunks, gradient_kernels, row_kernels, row_layout
+from npp_kernels.losses import chunks, exponentials, gradient_kernels, row_kernels, row_layout
 
 PARTS = ("products", "linear", "chunks", "loss", "wide", "few")
 Run = Callable[[], Any]
@@ -40,7 +40,7 @@ Run = Callable[[], Any]
 @contextmanager
 def as_before() -> Iterator[None]:
     """Run the losses without pads, without wide loads of ragged rows, and exponentials for multiples of 8 only."""
-    serves = chunks.serves_exponentials
+    serves = exponentials.serves_exponentials
 
     def served(hidden: Tensor, weight: Tensor, *others: Any) -> bool:
         return weight.shape[0] % 8 == 0 and serves(hidden, weight, *others)

@@ -43,7 +43,7 @@ MIN_STEPS = 20
 
 def make_model(options: argparse.Namespace, device: torch.device) -> Any:
     """Return their model, with the dropout of their training script."""
-    from autoregressive.models import gpt  # type: ignore[import-not-found]  # from --official
+    from autoregressive.models import gpt  # from --official
 
     layers, heads, width = SIZES[options.size]
     torch.manual_seed(0)
@@ -59,7 +59,7 @@ def make_model(options: argparse.Namespace, device: torch.device) -> Any:
 @contextmanager
 def _targets_unfold() -> Iterator[None]:
     """Let their code cut ids into patches without the compiler: PyTorch's own `F.unfold` takes no integers."""
-    from autoregressive.models import gpt  # type: ignore[import-not-found]  # from --official
+    from autoregressive.models import gpt  # from --official
 
     theirs = getattr(gpt, "target_patchify", None)
     if theirs is not None:

@@ -45,7 +45,7 @@ class _PlainLoss(torch.autograd.Function):
     """Mean cross entropy of K targets a row over slices of logits, in PyTorch."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, groups: Tensor, shard: VocabularyShard) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, groups: Tensor, shard: VocabularyShard) -> Tensor:
         logits = logits.float()
         maximum = logits.amax(1, keepdim=True)
         dist.all_reduce(maximum, dist.ReduceOp.MAX)
@@ -77,7 +77,7 @@ class _SumGradient(torch.autograd.Function):
     """The identity, whose gradient is summed over the ranks: the beginning of a layer that is split by columns."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
         return hidden.view_as(hidden)
 
     @staticmethod

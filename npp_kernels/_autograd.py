@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -52,21 +53,24 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+Backward = Callable[..., Any]  # of an autograd function
+
+
 class _NoSecondOrder(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, name, grad, *sources):
+    def forward(ctx: Any, name: str, grad: Tensor, *sources: Tensor) -> Tensor:
         ctx.name = name
         return grad.view_as(grad)
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
         raise RuntimeError(
             f"{ctx.name}: expected one backward, got a double backward; the kernels have no second derivative. "
             "For gradient penalties and Hessians use the plain operations of torch instead"
         )
 
 
-def first_order_only(name: str) -> Callable:
+def first_order_only(name: str) -> Callable[[Backward], Backward]:
     """Decorate a backward so that its results raise a RuntimeError when they are differentiated themselves.
 
     It also refuses transforms of `torch.func`: a backward can be inside of one whose forward was not.
@@ -75,9 +79,9 @@ def first_order_only(name: str) -> Callable:
     otherwise returns a constant, so that ``autograd.grad(loss, x, create_graph=True)`` would be silently wrong.
     """
 
-    def decorate(backward: Callable) -> Callable:
+    def decorate(backward: Backward) -> Backward:
         @functools.wraps(backward)
-        def first_order(ctx, *upstream):
+        def first_order(ctx: Any, *upstream: Tensor | None) -> Any:
             refuse_transforms(name, *upstream)
             compiling = torch.compiler.is_compiling()
             # Usually nobody wants to differentiate the results. Compiled code may trace this with gradients off and

@@ -54,7 +54,8 @@ def _read_capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index) if torch.version.cuda is not None else (0, 0)
 
 
-@torch.compiler.assume_constant_result  # torch.compile keeps the value, and cannot trace the cache
+# torch.compile keeps the value, and cannot trace the cache.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _cuda_capability(index: int) -> tuple[int, int]:
     return _read_capability(index)
 

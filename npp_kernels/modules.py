@@ -34,7 +34,7 @@ class PatchEmbedding(nn.Embedding):
             ``scale_grad_by_freq`` or ``sparse``.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, **options) -> None:
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, **options: Any) -> None:
         for name in ("max_norm", "scale_grad_by_freq", "sparse"):
             if options.get(name):
                 raise ValueError(f"{name}: expected {name} to be off, since the kernel has no such option, "
@@ -160,7 +160,7 @@ class LinearPatchCrossEntropyLoss(PatchCrossEntropyLoss):
         slot_weights: Sequence[float] | Tensor | None = None,
         *,
         chunk_rows: int | None = None,
-        **options,
+        **options: Any,
     ) -> None:
         super().__init__(slot_weights, **options)
         check_chunk_rows(chunk_rows)

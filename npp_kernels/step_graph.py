@@ -220,7 +220,8 @@ class StepGraph:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    return parameter.device
+                    device: torch.device = parameter.device
+                    return device
         return None
 
     def _captures_on(self, device: torch.device | None) -> bool:

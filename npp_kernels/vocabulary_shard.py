@@ -129,7 +129,9 @@ class VocabularyShard:
         """Begin `all_reduce`, and return what has to be waited for."""
         # By name, as PyTorch's own collectives find their group in compiled code.
         group = dist.distributed_c10d._resolve_process_group(self.group_name)  # type: ignore[arg-type]
-        work = dist.all_reduce(tensor, getattr(dist.ReduceOp, operation.upper()), group=group, async_op=True)
+        work: dist.Work | None = dist.all_reduce(
+            tensor, getattr(dist.ReduceOp, operation.upper()), group=group, async_op=True
+        )
         assert work is not None  # None only where this process is not in the group
         return work
 
@@ -230,7 +232,8 @@ def whole_tensor(name: str, tensor: Tensor) -> Tensor:
             f"{name}: expected a plain tensor, or a DTensor with the placement Replicate() beside a vocabulary that is "
             f"sharded, got {placements}; pass {name}.redistribute(placements=[Replicate()]), or {name}.full_tensor()"
         )
-    return tensor.to_local(grad_placements=placements)  # type: ignore[attr-defined]
+    whole: Tensor = tensor.to_local(grad_placements=placements)  # type: ignore[attr-defined]
+    return whole
 
 
 # A reduction as one operator: torch.compile must neither reorder it nor trace into it.
@@ -249,6 +252,7 @@ def _(tensor: Tensor, group_name: str) -> Tensor:
 def sum_over_ranks(tensor: Tensor, shard: VocabularyShard) -> Tensor:
     """Return the sum of a tensor over the group of a shard, in place where nobody traces."""
     if torch.compiler.is_compiling():
-        return _sum_over_ranks(tensor, shard.group_name)
+        total: Tensor = _sum_over_ranks(tensor, shard.group_name)
+        return total
     shard.all_reduce(tensor, "sum")
     return tensor

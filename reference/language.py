@@ -36,7 +36,7 @@ from reference.claim import device_name, versions
 from reference.comparison.journal import Budget, Journal
 from reference.comparison.language_report import write_report
 from reference.tokens.corpus import Corpus, load_corpus
-from reference.train import Clock
+from reference.training.clock import Clock
 from reference.training.processes import Stopped, process_group
 from reference.training.step import SETUP_STEPS
 

@@ -33,7 +33,8 @@ from npp_kernels import group_tokens
 from reference.network.model import Transformer
 from reference.sample import DTYPES, Sampler, add_model_arguments, describe_weights, load_sampler, run_settings
 from reference.tokenizer import Tokenizer
-from reference.tokens.codes import TokenDataset, load_dataset, load_tokenizer
+from reference.tokens.codes import load_dataset, load_tokenizer
+from reference.tokens.token_dataset import TokenDataset
 from reference.training.checkpoint import load_model
 
 FEATURE_SIZE = 224  # pixels of EfficientNet-Lite0's input

@@ -37,7 +37,8 @@ from tqdm import tqdm
 from npp_kernels import PatchSchedule, Stage
 from reference.network.model import Transformer
 from reference.tokens.batches import Batches
-from reference.tokens.codes import ArrayDataset, load_dataset
+from reference.tokens.codes import load_dataset
+from reference.tokens.token_dataset import ArrayDataset
 from reference.training import checkpoint
 from reference.training.clock import Clock
 from reference.training.config import FREE_TO_CHANGE, TrainConfig, parse

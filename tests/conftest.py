@@ -11,6 +11,7 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TORCH_2_8 = torch.__version__.startswith("2.8.")  # the oldest that is supported, with faults of its own
 
 
 def pytest_addoption(parser):
@@ -63,6 +64,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     return torch.device(request.param)
+
+
+@pytest.fixture
+def kernel_device(device):
+    """A device where operations are kernels: a GPU, or the CPU in the interpreter."""
+    if device.type == "cpu" and not INTERPRETED:
+        pytest.skip("without the interpreter the CPU has no kernels")
+    return device
 
 
 @pytest.fixture(autouse=True)

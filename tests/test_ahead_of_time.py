@@ -479,6 +479,8 @@ ALL_CASES = CASES | OPAQUE_CASES | HOPPER_CASES
     ids=str,
 )
 def test_compiles_without_spills(case, target, tmp_path):
+    if target.startswith("gfx") and not TRITON_OVERLAPS:
+        pytest.skip("Triton 3.4 links for AMD's GPUs with ROCm's own linker")
     kernel, arguments = ALL_CASES[case]
     compiled = compile_kernel(kernel, target, arguments)
     assert compiled.metadata.shared <= SHARED_MEMORY[target]

@@ -13,15 +13,8 @@ from reference.sampling.decode_kernels import attend_to_cache, choose_splits, em
 from tests.conftest import INTERPRETED
 from tests.test_sample import seeded, trained_model
 
-# The kernels run on a GPU and in the interpreter; `device` is the CPU in the latter.
 pytestmark = pytest.mark.kernels
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # the interpreter truncates bfloat16
-
-
-@pytest.fixture(autouse=True)
-def _needs_kernels(device):
-    if device.type == "cpu" and not INTERPRETED:
-        pytest.skip("the CPU has no kernels")
 
 
 def assert_near(actual, exact, dtype):
@@ -32,13 +25,13 @@ def assert_near(actual, exact, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "dim", "channels"), [(2, 96, 40), (70, 64, 33)])  # 96: no multiple of 64
-def test_products(device, rows, dim, channels, dtype):
-    x = torch.randn(rows, dim, device=device).to(dtype)
-    weight, gate = (torch.randn(2, channels, dim, device=device) / dim**0.5).to(dtype)
-    norm = torch.nn.RMSNorm(dim, eps=1e-5, device=device, dtype=dtype)
+def test_products(kernel_device, rows, dim, channels, dtype):
+    x = torch.randn(rows, dim, device=kernel_device).to(dtype)
+    weight, gate = (torch.randn(2, channels, dim, device=kernel_device) / dim**0.5).to(dtype)
+    norm = torch.nn.RMSNorm(dim, eps=1e-5, device=kernel_device, dtype=dtype)
     torch.nn.init.normal_(norm.weight, mean=1.0, std=0.2)
     out = x.new_empty((rows, channels))
-    residual = torch.randn(rows, channels, device=device).to(dtype)
+    residual = torch.randn(rows, channels, device=kernel_device).to(dtype)
     with torch.no_grad():
         wide = x.double()
         scale = (wide.square().mean(1, keepdim=True) + 1e-5).rsqrt()
@@ -57,15 +50,15 @@ def test_products(device, rows, dim, channels, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("position", [0, 1, 32, 33, 149])  # nothing filled, one, a block, a block and one, all
-def test_attention_to_what_is_filled(device, position, splits, dtype):
+def test_attention_to_what_is_filled(kernel_device, position, splits, dtype):
     rows, heads, positions, head_dim = 2, 3, 150, 32
-    qkv = torch.randn(rows, 3 * heads * head_dim, device=device).to(dtype)
-    keys, values = torch.randn(2, rows, heads, positions, head_dim, device=device).to(dtype)
+    qkv = torch.randn(rows, 3 * heads * head_dim, device=kernel_device).to(dtype)
+    keys, values = torch.randn(2, rows, heads, positions, head_dim, device=kernel_device).to(dtype)
     keys[:, :, position:] = float("nan")  # of an image before, say: not to be read
     values[:, :, position:] = float("nan")
-    rotary = rotary_embedding(torch.arange(positions, device=device), 10, head_dim)
+    rotary = rotary_embedding(torch.arange(positions, device=kernel_device), 10, head_dim)
     out = qkv.new_empty((rows, heads * head_dim))
-    attend_to_cache(qkv, rotary, torch.tensor(position, device=device), (keys, values), out, splits)
+    attend_to_cache(qkv, rotary, torch.tensor(position, device=kernel_device), (keys, values), out, splits)
 
     split = qkv.view(rows, 1, 3, heads, head_dim)
     query, key = rotate(split[:, :, :2], [part[position : position + 1] for part in rotary]).transpose(1, 3).unbind(2)
@@ -79,21 +72,21 @@ def test_attention_to_what_is_filled(device, position, splits, dtype):
     assert keys[:, :, position + 1 :].isnan().all()
 
 
-def test_splits_fill_the_gpu(device, monkeypatch):
+def test_splits_fill_the_gpu(kernel_device, monkeypatch):
     monkeypatch.setattr(decode_kernels, "num_multiprocessors", lambda like: 132)
-    like = torch.empty(1, device=device)
+    like = torch.empty(1, device=kernel_device)
     assert choose_splits(128 * 12, 256, like) == 1  # 64 images of LlamaGen-B with guidance
     assert choose_splits(2 * 12, 256, like) == 8  # one: no more than there are blocks of keys
     assert choose_splits(2 * 12, 576, like) == 16
 
 
-def test_embedding_of_the_condition_and_of_ids(device):
-    tokens, classes = torch.randn(5, 96, device=device), torch.randn(3, 96, device=device)
-    ids, labels = torch.tensor([4, 0], device=device), torch.tensor([1, 0, 2, 2], device=device)
-    out = torch.empty(4, 96, device=device)
-    embed(ids, labels, torch.tensor(0, device=device), (tokens, classes), out)
+def test_embedding_of_the_condition_and_of_ids(kernel_device):
+    tokens, classes = torch.randn(5, 96, device=kernel_device), torch.randn(3, 96, device=kernel_device)
+    ids, labels = torch.tensor([4, 0], device=kernel_device), torch.tensor([1, 0, 2, 2], device=kernel_device)
+    out = torch.empty(4, 96, device=kernel_device)
+    embed(ids, labels, torch.tensor(0, device=kernel_device), (tokens, classes), out)
     assert torch.equal(out, classes[labels])
-    embed(ids, labels, torch.tensor(3, device=device), (tokens, classes), out)
+    embed(ids, labels, torch.tensor(3, device=kernel_device), (tokens, classes), out)
     assert torch.equal(out, tokens[ids.repeat(2)])
 
 
@@ -124,21 +117,24 @@ ROWS = {
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (5, 1.0), (None, 0.3), (None, 0.999999), (100, 0.6)])
-def test_filters_keep_what_sorting_keeps(device, rows, top_k, top_p):
-    row = ROWS[rows]().to(device)
+def test_filters_keep_what_sorting_keeps(kernel_device, rows, top_k, top_p):
+    row = ROWS[rows]().to(kernel_device)
     filtered = filter_logits(row, top_k=top_k, top_p=top_p)
     # what has no probability in fp32 cannot be drawn, whatever is kept
     expected = filtered.isfinite() & (filtered.softmax(-1) / 1e-30 > 1)
     assert torch.equal(kept_by_the_kernel(row, Drawing(1.0, 1.0, top_k, top_p)), expected)
 
 
-def test_a_logit_that_is_not_finite_is_reported(device):
+def test_a_logit_that_is_not_finite_is_reported(kernel_device):
     for bad in (float("nan"), float("inf"), -float("inf")):
-        logits = torch.randn(2, 9, device=device)
+        logits = torch.randn(2, 9, device=kernel_device)
         logits[1, 4] = bad
-        ids = torch.zeros(2, dtype=torch.int64, device=device)
-        tokens, is_finite = ids[:, None].clone(), torch.ones((), dtype=torch.bool, device=device)
-        noise, position = torch.ones(2, 9, device=device), torch.zeros((), dtype=torch.int64, device=device)
+        ids = torch.zeros(2, dtype=torch.int64, device=kernel_device)
+        tokens, is_finite = ids[:, None].clone(), torch.ones((), dtype=torch.bool, device=kernel_device)
+        noise, position = (
+            torch.ones(2, 9, device=kernel_device),
+            torch.zeros((), dtype=torch.int64, device=kernel_device),
+        )
         choose(logits, noise, position, Drawing(1.0, 1.0, 5, 0.9), ids, tokens, is_finite)
         assert not is_finite
         assert ((ids >= 0) & (ids < 9)).all()  # what is embedded next is in the table
@@ -149,16 +145,16 @@ def test_a_logit_that_is_not_finite_is_reported(device):
     [(1, {"guidance": 2.5, "temperature": 0.8}), (2, {"top_k": 7}), (1, {"guidance": 1.5, "top_p": 0.7})],
     ids=str,
 )
-def test_same_images_as_without_kernels(device, options, splits, monkeypatch):
+def test_same_images_as_without_kernels(kernel_device, options, splits, monkeypatch):
     """The same noise draws the same ids: in fp32 the logits differ in their last places only."""
     monkeypatch.setattr(decoding, "choose_splits", lambda *_: splits)
-    model = trained_model(ModelConfig.named("tiny", vocab_size=30, grid=(2, 3), num_classes=10)).to(device)
-    labels = torch.tensor([1, 4, 9], device=device)
+    model = trained_model(ModelConfig.named("tiny", vocab_size=30, grid=(2, 3), num_classes=10)).to(kernel_device)
+    labels = torch.tensor([1, 4, 9], device=kernel_device)
     ours, plain = (Sampler(model, batch_size=2, fast=fast, **options) for fast in (True, False))
     assert ours.kernels is not None
     assert plain.kernels is None
-    tokens = ours(labels, seeded(device=device))
-    assert torch.equal(tokens, plain(labels, seeded(device=device)))
+    tokens = ours(labels, seeded(device=kernel_device))
+    assert torch.equal(tokens, plain(labels, seeded(device=kernel_device)))
     assert len(tokens.unique()) > 4
 
 

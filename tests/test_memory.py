@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import npp_kernels
-from tests.conftest import INTERPRETED
 
 GUARD = 256  # elements on either side; a multiple of every alignment that a kernel may count on
 VOCAB, WIDTH, ROWS = 75, 20, 13  # no multiple of any block
@@ -51,16 +50,6 @@ def guarded(monkeypatch):
         assert (around[GUARD + numel :] == 57).all()
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="without the interpreter PyTorch writes")),
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ]
-)
-def device(request):
-    return torch.device(request.param)
-
-
 def same_between_guards(run, monkeypatch):
     """Compare a call, forward and backward, with the same one between guard bands, to the last bit."""
     expected = run()
@@ -100,45 +89,45 @@ def upstream_of(options, groups):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("size", [1, 3, 16])
-def test_group_mean(device, dtype, size, monkeypatch):
-    table = torch.randn(VOCAB, WIDTH, device=device).to(dtype).requires_grad_()
-    groups, upstream = groups_of(device, size), torch.randn(ROWS, WIDTH, device=device).to(dtype)
+def test_group_mean(kernel_device, dtype, size, monkeypatch):
+    table = torch.randn(VOCAB, WIDTH, device=kernel_device).to(dtype).requires_grad_()
+    groups, upstream = groups_of(kernel_device, size), torch.randn(ROWS, WIDTH, device=kernel_device).to(dtype)
     same_between_guards(
         lambda: results_of(npp_kernels.group_mean(table, groups, ignore_index=-100), [table], upstream), monkeypatch
     )
 
 
-def test_group_mean_of_a_frequent_id(device, monkeypatch):
-    table = torch.randn(VOCAB, WIDTH, device=device, requires_grad=True)
-    groups = torch.zeros(150, 4, dtype=torch.int64, device=device)
-    groups[:3] = torch.randint(VOCAB, (3, 4), device=device)
-    upstream = torch.randn(150, WIDTH, device=device)
+def test_group_mean_of_a_frequent_id(kernel_device, monkeypatch):
+    table = torch.randn(VOCAB, WIDTH, device=kernel_device, requires_grad=True)
+    groups = torch.zeros(150, 4, dtype=torch.int64, device=kernel_device)
+    groups[:3] = torch.randint(VOCAB, (3, 4), device=kernel_device)
+    upstream = torch.randn(150, WIDTH, device=kernel_device)
     same_between_guards(lambda: results_of(npp_kernels.group_mean(table, groups), [table], upstream), monkeypatch)
 
 
-def test_patch_mean(device, monkeypatch):
-    embeddings = torch.randn(2, 6, 4, WIDTH, device=device, requires_grad=True)
-    upstream = torch.randn(npp_kernels.patch_mean(embeddings, 2).shape, device=device)
+def test_patch_mean(kernel_device, monkeypatch):
+    embeddings = torch.randn(2, 6, 4, WIDTH, device=kernel_device, requires_grad=True)
+    upstream = torch.randn(npp_kernels.patch_mean(embeddings, 2).shape, device=kernel_device)
     same_between_guards(lambda: results_of(npp_kernels.patch_mean(embeddings, 2), [embeddings], upstream), monkeypatch)
 
 
 @pytest.mark.parametrize("options", LOSSES, ids=str)
 @pytest.mark.parametrize(("rows", "vocab_size", "dtype"), [(ROWS, VOCAB, torch.float32), (2, 33_001, torch.float16)])
-def test_patch_cross_entropy(device, options, rows, vocab_size, dtype, monkeypatch):
+def test_patch_cross_entropy(kernel_device, options, rows, vocab_size, dtype, monkeypatch):
     """A row that stays in registers, and one that is read twice."""
-    logits, groups = logits_like(rows, vocab_size, device=device, dtype=dtype), groups_of(device, 3, rows)
-    upstream = upstream_of(options, groups).to(device)
+    logits, groups = logits_like(rows, vocab_size, device=kernel_device, dtype=dtype), groups_of(kernel_device, 3, rows)
+    upstream = upstream_of(options, groups).to(kernel_device)
     same_between_guards(
         lambda: results_of(npp_kernels.patch_cross_entropy(logits, groups, **options), [logits], upstream), monkeypatch
     )
 
 
 @pytest.mark.parametrize("options", LOSSES, ids=str)
-def test_linear_patch_cross_entropy(device, options, monkeypatch):
-    hidden = logits_like(ROWS, WIDTH, device=device, dtype=torch.float32)
-    weight = torch.randn(VOCAB, WIDTH, device=device, requires_grad=True)
-    groups = groups_of(device, 3)
-    upstream = upstream_of(options, groups).to(device)
+def test_linear_patch_cross_entropy(kernel_device, options, monkeypatch):
+    hidden = logits_like(ROWS, WIDTH, device=kernel_device, dtype=torch.float32)
+    weight = torch.randn(VOCAB, WIDTH, device=kernel_device, requires_grad=True)
+    groups = groups_of(kernel_device, 3)
+    upstream = upstream_of(options, groups).to(kernel_device)
     same_between_guards(
         lambda: results_of(
             npp_kernels.linear_patch_cross_entropy(hidden, weight, groups, chunk_rows=5, **options),

@@ -7,18 +7,9 @@ import reference.ops as reference
 from npp_kernels.losses import gradient_kernels, row_kernels
 from tests.budget import assert_within_budget
 from tests.conftest import INTERPRETED
-from tests.inputs import peaky_logits, skewed_ids
+from tests.inputs import LOSS_OPTIONS, SLOT_WEIGHTS, make_groups, peaky_logits
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # the interpreter truncates bfloat16
-SLOT_WEIGHTS = (1.0, 0.5, 0.25, 2.0)
-
-
-def make_groups(vocab_size, num_rows, group_size, device, *, ignored=0.2):
-    groups = skewed_ids(vocab_size, (num_rows, group_size), device=device)
-    groups[torch.rand(groups.shape, device=device) < ignored] = -100
-    if num_rows > 2 and ignored:
-        groups[1] = -100
-    return groups
 
 
 def run(function, logits, groups, upstream, **options):
@@ -54,31 +45,13 @@ def check(logits, groups, upstream=None, *, ours=None, **options):
         assert torch.equal(actual[5], eager[5])  # predictions
 
 
-OPTIONS = [
-    {},
-    {"normalize": "row"},
-    {"normalize": "slot"},
-    {"slot_weights": SLOT_WEIGHTS},
-    {"normalize": "row", "slot_weights": torch.tensor(SLOT_WEIGHTS)},
-    {"normalize": "slot", "slot_weights": SLOT_WEIGHTS, "z_loss": 0.1},
-    {"reduction": "sum", "slot_weights": SLOT_WEIGHTS, "z_loss": 0.01},
-    {"reduction": "none"},
-    {"reduction": "none", "label_smoothing": 0.1, "softcap": 5.0},
-    {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0},
-    {"num_targets": 7},
-    {"num_targets": torch.tensor(70.0), "z_loss": 0.1},
-    {"normalize": "row", "z_loss": 0.1, "label_smoothing": 1.0},
-    {"token_scaling": True},
-    {"token_scaling": True, "normalize": "row", "label_smoothing": 0.1, "softcap": 5.0, "z_loss": 0.01},
-    {"token_scaling": True, "reduction": "none"},
-]
 DIFFERENTIABLE = [
-    options for options in OPTIONS if "token_scaling" not in options
+    options for options in LOSS_OPTIONS if "token_scaling" not in options
 ]  # which is no derivative of its loss
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=str)
 def test_options(device, dtype, options):
     check(peaky_logits(23, 75, dtype=dtype, device=device), make_groups(75, 23, 4, device), **options)
 
@@ -117,7 +90,7 @@ def narrow_blocks(monkeypatch):
 
 
 @pytest.mark.usefixtures("narrow_blocks")
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=str)
 def test_wide_rows(device, options):
     if device.type == "cuda":
         pytest.skip("the blocks are too small for a GPU's threads; test_full_size has wide rows")
@@ -269,7 +242,7 @@ def test_one_target_is_f_cross_entropy(device):
 def test_all_ignored_is_zero_even_for_broken_logits(device):
     logits = torch.full((3, 10), float("nan"), device=device, requires_grad=True)
     groups = torch.full((3, 4), -100, device=device)
-    for options in OPTIONS:
+    for options in LOSS_OPTIONS:
         loss = npp_kernels.patch_cross_entropy(logits, groups, **options)
         (grad,) = torch.autograd.grad(loss.sum(), logits)
         assert torch.equal(loss, torch.zeros_like(loss)), options

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from npp_kernels._dispatch import runs_kernels
 from npp_kernels.embeddings import segments
 from tests.inputs import skewed_ids
 
@@ -19,13 +18,6 @@ def check(ids, vocab_size, ignore_index=None):
     assert torch.equal(found.order.long(), order)
     starts = torch.searchsorted(expected, torch.arange(vocab_size + 1, device=ids.device))
     assert torch.equal(found.starts.long(), starts)
-
-
-@pytest.fixture
-def kernel_device(device):
-    if not runs_kernels(torch.empty(0, device=device)):
-        pytest.skip("the PyTorch path needs no segments")
-    return device
 
 
 @pytest.mark.parametrize(

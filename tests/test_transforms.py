@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import npp_kernels
+from tests.conftest import TORCH_2_8
 
 GROUPS = torch.tensor([[0, 1], [2, 2], [3, 4]])
 FUNCTIONS = {
@@ -69,7 +70,15 @@ def test_after_a_transform_and_in_what_is_none(device, name):
     assert called.isfinite().all()
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+def compiled_transforms():
+    fault = "torch 2.8 compiles torch.func.grad of an autograd function only where that has a setup_context"
+    expected = pytest.mark.xfail(
+        TORCH_2_8, reason=fault, raises=torch._dynamo.exc.InternalTorchDynamoError, strict=True
+    )
+    return [pytest.param(name, marks=() if name == "group_mean" else expected) for name in FUNCTIONS]
+
+
+@pytest.mark.parametrize("name", compiled_transforms())
 def test_compiled_transform_on_the_cpu(name):
     function, shape = FUNCTIONS[name]
     x = torch.randn(shape)

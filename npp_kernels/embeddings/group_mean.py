@@ -9,6 +9,8 @@ slices of a table.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,15 @@ def _local_groups(groups: Tensor, ignore_index: int | None, shard: VocabularySha
 
 class _GroupMean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table, groups, ignore_index, out_dtype, shard, *segments):
+    def forward(
+        ctx: Any,
+        table: Tensor,
+        groups: Tensor,
+        ignore_index: int | None,
+        out_dtype: torch.dtype,
+        shard: VocabularyShard | None,
+        *segments: Tensor,
+    ) -> Tensor:
         forward = launch_means if runs_kernels(table) else torch_means
         if shard is None:
             out, counts = forward(table, groups, ignore_index, out_dtype)
@@ -74,7 +84,7 @@ class _GroupMean(torch.autograd.Function):
 
     @staticmethod
     @first_order_only("group_mean")
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         groups, counts, *parts = ctx.saved_tensors
         segments = Segments(*parts) if parts else None
         # float64 takes the PyTorch path, whichever of the two has it: see `runs_kernels`.
@@ -166,7 +176,7 @@ def group_mean(
     wanted_dtype = table.dtype if out_dtype is None else out_dtype
     if runs_kernels(table) or wants_backward(table) or shard is not None:
         segments = () if order is None else as_segments(order)
-        out = _GroupMean.apply(rows, flat, ignore_index, wanted_dtype, shard, *segments)
+        out: Tensor = _GroupMean.apply(rows, flat, ignore_index, wanted_dtype, shard, *segments)
     else:
         out, _ = torch_means(rows, flat, ignore_index, wanted_dtype)
     return out.view(*groups.shape[:-1], table.shape[1])

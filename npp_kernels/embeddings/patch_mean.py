@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +123,8 @@ def _torch_forward(embeddings: Tensor, grid: Sequence[int], patch: Sequence[int]
         return F.avg_pool2d(frames, window).permute(0, 2, 3, 1).reshape(shape)
     wide = torch.promote_types(embeddings.dtype, torch.float32)
     pooled = F.avg_pool2d(frames.to(wide), window).permute(0, 2, 3, 1)
-    return pooled.unflatten(0, (-1, kt)).mean(1).to(embeddings.dtype).reshape(shape)
+    means: Tensor = pooled.unflatten(0, (-1, kt)).mean(1)
+    return means.to(embeddings.dtype).reshape(shape)
 
 
 def _torch_backward(grad: Tensor, grad_embeddings: Tensor, grid: Sequence[int], patch: Sequence[int]) -> None:
@@ -136,7 +138,7 @@ def _torch_backward(grad: Tensor, grad_embeddings: Tensor, grid: Sequence[int], 
 
 class _PatchMean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, embeddings, grid, patch):
+    def forward(ctx: Any, embeddings: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
         ctx.grid, ctx.patch = grid, patch
         num_patches = embeddings.shape[0] // math.prod(patch)
         if runs_kernels(embeddings):
@@ -147,7 +149,7 @@ class _PatchMean(torch.autograd.Function):
 
     @staticmethod
     @first_order_only("patch_mean")
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         num_tokens = grad.shape[0] * math.prod(ctx.patch)
         grad_embeddings = grad.new_empty((num_tokens, grad.shape[1]))
         if runs_kernels(grad):
@@ -205,7 +207,7 @@ def patch_mean(embeddings: Tensor, patch: Patch, *, grid: Sequence[int] | None =
     refuse_transforms("patch_mean")
     flat = embeddings.reshape(math.prod(leading) * math.prod(grid_sizes), hidden_size).contiguous()
     if runs_kernels(flat) or wants_backward(flat):
-        means = _PatchMean.apply(flat, grid_sizes, sizes)
+        means: Tensor = _PatchMean.apply(flat, grid_sizes, sizes)
     else:
         means = _torch_forward(flat, grid_sizes, sizes)
     return means.view(*leading, num_patches, hidden_size)

@@ -98,7 +98,8 @@ def shifted_groups(inputs: dict[str, Any], patch: int) -> Tensor:
 
 def _document_begins(inputs: dict[str, Any], patch: int) -> Tensor | None:
     """Return which patches a document begins with: ``[B or 1, P]``; None where the batch does not tell."""
-    positions, index = inputs.get("position_ids"), inputs.get("seq_idx")
+    positions: Tensor | None = inputs.get("position_ids")
+    index: Tensor | None = inputs.get("seq_idx")
     if positions is not None:
         return positions[:, ::patch] == 0
     if index is not None:

@@ -254,7 +254,9 @@ class PatchForward:
             options = {"p": p, "patch_size": p**2, "freqs_cis": freqs_cis} if self.takes_patches else {}
             if p != 1 and not self.takes_patches:
                 raise ValueError(f"p: expected 1 without targets, since this model's own forward takes none, got {p}")
-            return self.original(idx, cond_idx, input_pos, targets, mask, valid, **options)
+            theirs: tuple[Tensor | None, Tensor | None]
+            theirs = self.original(idx, cond_idx, input_pos, targets, mask, valid, **options)
+            return theirs
         model, side = cast(Any, self.model), _side(self.model)
         if p not in self.tables:
             raise ValueError(f"p: expected a patch that divides the grid of {side} by {side} tokens, got {p}")
@@ -288,7 +290,7 @@ class PatchForward:
             raise ValueError(f"idx: expected {side**2} tokens of an image, or all but the last, got {idx.shape[1]}")
         is_plain = embedding_difference(embedding) is None
         if p == 1 and not is_plain:
-            return embedding(idx)[:, : side**2 - 1]
+            return cast(Tensor, embedding(idx))[:, : side**2 - 1]
         idx = F.pad(idx, (0, side**2 - idx.shape[1]))  # the pad's group is no input
         if is_plain:
             return patch_inputs(embedding, group_tokens(idx, p, grid=(side, side)))

@@ -58,7 +58,7 @@ class PatchEmbedding(Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Return ``[B, P, D]`` for ``[B, P, K]``, and what ``Embedding`` returns for ``[B, L]``."""
         if input.ndim == 2:
-            return super().forward(input)
+            return cast(Tensor, super().forward(input))
         if self.tp_group is not None:
             raise ValueError("tensor_parallel_degree: expected 1 for patches, got a table that is split by vocabulary")
         return group_mean(self.weight, input).clone()  # FSDP2 hooks what a module returns, which must not be a view
@@ -96,7 +96,7 @@ class PatchLoss(BaseLoss):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and no metrics; 0 and not NaN where a whole step has nothing to score."""
         divisor = None if global_valid_tokens is None else global_valid_tokens.clamp(min=1)
-        return super().__call__(pred, labels, divisor, **kwargs)
+        return cast(tuple[Tensor, dict[str, Tensor]], super().__call__(pred, labels, divisor, **kwargs))
 
 
 def summed_cross_entropy(pred: Tensor, labels: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -357,7 +357,7 @@ class Patched:
     def _loss(self, logits: Tensor, labels: Tensor, *arguments: Any, **options: Any) -> Tensor:
         """Stand in for the model's ``loss_function``; in a patched call the labels are groups, shifted already."""
         if self._call is None:
-            return self.own_loss(logits, labels, *arguments, **options)
+            return cast(Tensor, self.own_loss(logits, labels, *arguments, **options))
         return self._score(logits, labels)
 
     def _score(self, rows: Tensor, groups: Tensor) -> Tensor:

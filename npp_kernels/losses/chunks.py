@@ -83,7 +83,7 @@ def _rows(tensor: Tensor, chunk: slice) -> Tensor:
     return tensor if chunk.stop - chunk.start == tensor.shape[0] else tensor[chunk]
 
 
-def _without_autocast(tensor: Tensor) -> AbstractContextManager:
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Return what turns autocast off, where it is on: to enter that context takes longer than to ask."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

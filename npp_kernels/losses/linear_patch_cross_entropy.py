@@ -96,7 +96,7 @@ def _present(*tensors: Tensor | None) -> list[Tensor]:
 @torch.library.custom_op(
     "npp_kernels::linear_loss", mutates_args=(), schema=f"({_CALL}, bool per_target, bool stats) -> Tensor[]"
 )
-def _linear_loss(*arguments):
+def _linear_loss(*arguments: Any) -> list[Tensor]:
     """Return the scores that there are, and the wanted gradients for an upstream of 1."""
     layer, targets, plan = _restored(arguments)
     per_target, stats = arguments[_NUM_CALL:]
@@ -106,7 +106,7 @@ def _linear_loss(*arguments):
 
 
 @_linear_loss.register_fake
-def _(*arguments):
+def _(*arguments: Any) -> list[Tensor]:
     layer, targets, plan = _restored(arguments)
     per_target, stats = arguments[_NUM_CALL:]
     scores = Scores.empty(targets, plan.dtype, per_target=per_target, stats=stats)
@@ -118,7 +118,7 @@ def _(*arguments):
     mutates_args=(),
     schema=f"({_CALL}, Tensor rows, Tensor? probabilities, Tensor upstream) -> Tensor[]",
 )
-def _linear_gradients(*arguments):
+def _linear_gradients(*arguments: Any) -> list[Tensor]:
     """Return the wanted gradients for an upstream that is known."""
     rows, probabilities, upstream = arguments[_NUM_CALL:]
     scores = Scores(rows, None, probabilities, None)
@@ -126,7 +126,7 @@ def _linear_gradients(*arguments):
 
 
 @_linear_gradients.register_fake
-def _(*arguments):
+def _(*arguments: Any) -> list[Tensor]:
     layer, _, plan = _restored(arguments)
     return _empty_gradients(layer, plan)
 
@@ -159,7 +159,17 @@ def _run_loss(layer: Layer, targets: Targets, request: Request) -> tuple[Scores,
 
 class _LinearPatchCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, groups, slot_scale, class_weight, totals, request):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        groups: Tensor,
+        slot_scale: Tensor | None,
+        class_weight: Tensor | None,
+        totals: Tensor | None,
+        request: Request,
+    ) -> tuple[Tensor, ...]:
         targets = Targets(groups, slot_scale, class_weight, totals, request.settings, request.shard)
         scores, grads = _run_loss(Layer(hidden, weight, bias), targets, request)
         ctx.request, ctx.ran = request, False
@@ -168,7 +178,7 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @first_order_only("linear_patch_cross_entropy")
-    def backward(ctx, upstream, *_):
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 8
         hidden, weight, bias, groups, slot_scale, class_weight, totals, rows, probabilities, *grads = ctx.saved_tensors

@@ -27,7 +27,7 @@ from npp_kernels.losses.options import LossOptions, PatchLossStats
 from npp_kernels.losses.row_kernels import launch_loss
 from npp_kernels.losses.scores import ACCURACY, ENTROPY, LOSS, LSE, Scores
 from npp_kernels.losses.sharded import find_scores
-from npp_kernels.losses.targets import Targets, find_targets
+from npp_kernels.losses.targets import Settings, Targets, find_targets
 from npp_kernels.losses.torch_path import torch_gradient, torch_loss
 from npp_kernels.vocabulary_shard import VocabularyShard, find_vocab_size, is_dtensor, local_slice
 
@@ -81,7 +81,18 @@ def handed_out(grad: Tensor) -> Tensor:
 
 class _PatchCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, groups, slot_scale, class_weight, totals, ticket, settings, shard, wishes):
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        groups: Tensor,
+        slot_scale: Tensor | None,
+        class_weight: Tensor | None,
+        totals: Tensor | None,
+        ticket: Tensor | None,
+        settings: Settings,
+        shard: VocabularyShard | None,
+        wishes: Wishes,
+    ) -> tuple[Tensor, ...]:
         targets = Targets(groups, slot_scale, class_weight, totals, settings, shard)
         per_target, wants_grad, inplace, stats = wishes
         grad = loss = None
@@ -105,7 +116,7 @@ class _PatchCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @first_order_only("patch_cross_entropy")
-    def backward(ctx, upstream, *_):
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 9
         # torch.compile may trace this more than once for one backward.

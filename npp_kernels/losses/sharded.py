@@ -79,14 +79,14 @@ def restored_shard(sizes: Sequence[int] | None, rank: int, group_name: str) -> V
     "str normalize, float? label_smoothing, float? z_loss, float? softcap, bool token_scaling, int[]? sizes, int rank, "
     "str group_name, bool per_target, bool stats) -> Tensor[]",
 )
-def _sharded_scores(logits, *arguments):
+def _sharded_scores(logits: Tensor, *arguments: Any) -> list[Tensor]:
     targets, scores = _room(logits, arguments)
     score_over_ranks(logits, targets, scores)
     return [part for part in scores if part is not None]
 
 
 @_sharded_scores.register_fake
-def _(logits, *arguments):
+def _(logits: Tensor, *arguments: Any) -> list[Tensor]:
     _, scores = _room(logits, arguments)
     return [part for part in scores if part is not None]
 

@@ -25,7 +25,7 @@ DUPLICATE_SLOTS = 16
 # Slot weights are few; whoever makes new ones at each call must not fill the GPU with them. What is kept is kept for
 # good: a CUDA graph may read it.
 MAX_KEPT_WEIGHTS = 64
-_kept_weights: dict[tuple, Tensor] = {}
+_kept_weights: dict[tuple[Any, ...], Tensor] = {}
 
 
 class Settings(NamedTuple):

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import pyplot as plt
+
 from reference.claim import write_report
 from reference.comparison import language_report, sample_report
 from reference.comparison.journal import Journal
-from reference.comparison.outcomes import COLOURS, Outcome, by_way, plt, read_results, spread
+from reference.comparison.outcomes import COLOURS, Outcome, by_way, read_results, spread
 from reference.comparison.sample_report import mean_and_error
 from reference.comparison.sample_scores import GUIDANCE_OVER_TIME
 

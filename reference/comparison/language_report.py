@@ -6,8 +6,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from matplotlib import pyplot as plt
+
 from reference.comparison.journal import Journal
-from reference.comparison.outcomes import COLOURS, plt, spread
+from reference.comparison.outcomes import COLOURS, spread
 from reference.comparison.sample_report import mean_and_error
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import pyplot as plt
 
-from reference.comparison.outcomes import COLOURS, plt, spread
+from reference.comparison.outcomes import COLOURS, spread
 from reference.comparison.sample_scores import KEPT_PER_CLASS, kept_name
 from reference.sample import save_grid
 from reference.tokenizer import Tokenizer

@@ -31,7 +31,8 @@ from reference.network.model import Transformer
 from reference.sample import Sampler
 from reference.score import Gaussian, fit_gaussian, frechet_distance, halves, image_features
 from reference.tokenizer import Tokenizer
-from reference.tokens.codes import TokenDataset, load_dataset, load_tokenizer
+from reference.tokens.codes import load_dataset, load_tokenizer
+from reference.tokens.token_dataset import TokenDataset
 from reference.train import Run
 from reference.training.checkpoint import load_model
 from reference.training.processes import Stopped

@@ -292,7 +292,7 @@ def rotary_attention(qkv: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor,
 
 
 @rotary_attention.register_fake
-def _(qkv, cosine, sine):
+def _(qkv: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
     return empty_outcome(qkv)
 
 
@@ -310,16 +310,16 @@ def _rotary_attention_backward(
 
 
 @_rotary_attention_backward.register_fake
-def _(qkv, cosine, sine, out, lse, grad_out):
+def _(qkv: Tensor, cosine: Tensor, sine: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor) -> Tensor:
     return torch.empty_like(qkv)
 
 
-def _keep_for_backward(ctx, inputs, output):
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad_out, _):
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor, None, None]:
     return _rotary_attention_backward(*ctx.saved_tensors, grad_out), None, None
 
 

@@ -10,6 +10,8 @@ Source: GLU Variants Improve Transformer (arXiv 2002.05202), section 2.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -94,7 +96,7 @@ def swiglu(x: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @swiglu.register_fake
-def _(x, w1, w3):
+def _(x: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], w1.shape[0])), x.new_empty((x.shape[0], 2 * w1.shape[0]))
 
 
@@ -108,16 +110,16 @@ def _swiglu_backward(grad_out: Tensor, joined: Tensor, x: Tensor, w1: Tensor, w3
 
 
 @_swiglu_backward.register_fake
-def _(grad_out, joined, x, w1, w3):
+def _(grad_out: Tensor, joined: Tensor, x: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty((2 * w1.shape[0], x.shape[1]))
 
 
-def _keep_for_backward(ctx, inputs, output):
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1], *inputs)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad_out, _):
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
     grad_x, grad_weights = _swiglu_backward(grad_out, *ctx.saved_tensors)
     return grad_x, *grad_weights.chunk(2)
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +53,7 @@ def image_numbers(directory: Path) -> NDArray[np.int64]:
     return np.sort(np.array([int(name.removesuffix(".npy")) for name in names], dtype=np.int64))
 
 
-def read_array(path: Path) -> NDArray:
+def read_array(path: Path) -> NDArray[Any]:
     """Read one ``.npy`` file.
 
     Raises:
@@ -71,7 +72,7 @@ def read_array(path: Path) -> NDArray:
     return np.array(array)
 
 
-def read_arrays(path: Path, names: Collection[str]) -> dict[str, NDArray]:
+def read_arrays(path: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
     """Read those arrays of an ``.npz`` file that it has; the errors are those of `read_array`."""
     try:
         with path.open("rb") as file, np.load(file) as archive:
@@ -85,7 +86,7 @@ def read_arrays(path: Path, names: Collection[str]) -> dict[str, NDArray]:
         raise ValueError(f"{path}: expected a whole .npz file, it cannot be read: {error}") from error
 
 
-def read_codes(path: Path, shape: tuple[int, ...]) -> NDArray:
+def read_codes(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:
     """Read the codes of one image, of a known shape."""
     codes = read_array(path)
     if codes.shape != shape:
@@ -101,7 +102,7 @@ def read_label(path: Path, num_classes: int) -> int:
     return int(whole_numbers(str(path), label, num_classes)[(0,) * label.ndim])
 
 
-def whole_numbers(name: str, array: NDArray, end: int) -> NDArray:
+def whole_numbers(name: str, array: NDArray[Any], end: int) -> NDArray[Any]:
     """Return an array of ids or labels as it is; refuse it where one is not a whole number in ``[0, end)``.
 
     Floats that hold whole numbers will do: extraction scripts differ in the type that they save.
@@ -156,7 +157,7 @@ class CodeDirectory(TokenDataset):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def read(self, indices: NDArray[np.int64], variants: NDArray[np.int64]) -> tuple[NDArray, NDArray]:
+    def read(self, indices: NDArray[np.int64], variants: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Read tokens ``[B, H, W]`` and labels ``[B]`` of given images in given variants."""
         directories = np.searchsorted(self.starts, variants, side="right") - 1
         tokens = np.empty((len(indices), *self.grid), dtype=np.int64)

@@ -19,6 +19,7 @@ import os
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -194,7 +195,7 @@ def _npz(path: Path, split: str, seed: int, *, mirrored: bool) -> ArrayDataset:
     )
 
 
-def _images(path: Path, data: dict[str, NDArray], split: str) -> NDArray[np.uint8] | None:
+def _images(path: Path, data: dict[str, NDArray[Any]], split: str) -> NDArray[np.uint8] | None:
     """Return the images of a file: of its test split all, of its training split perhaps only the first ones."""
     images = data.get(f"{split}_images")
     if images is None:
@@ -209,12 +210,12 @@ def _images(path: Path, data: dict[str, NDArray], split: str) -> NDArray[np.uint
     return images
 
 
-def _end_of(arrays: Iterable[NDArray]) -> int:
+def _end_of(arrays: Iterable[NDArray[Any]]) -> int:
     """Return the number after the largest of all ids or labels, where a file does not say how many there are."""
     return max(int(np.nan_to_num(array.max(initial=0))) for array in arrays) + 1
 
 
-def _mirror(tokens: NDArray, tokenizer: Tokenizer) -> NDArray[np.uint16]:
+def _mirror(tokens: NDArray[Any], tokenizer: Tokenizer) -> NDArray[np.uint16]:
     """Return the tokens of the mirrored images: each block becomes the one nearest to its mirror image."""
     blocks = tokenizer.decode(np.arange(len(tokenizer.centroids))[:, None, None])
     mirror_of = tokenizer.encode(blocks[:, :, ::-1]).reshape(-1)

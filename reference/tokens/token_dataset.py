@@ -64,7 +64,7 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def read(self, indices: NDArray[np.int64], variants: NDArray[np.int64]) -> tuple[NDArray, NDArray]:
+    def read(self, indices: NDArray[np.int64], variants: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Read tokens ``[B, H, W]`` and labels ``[B]`` of given images in given variants."""
         raise NotImplementedError
 
@@ -125,8 +125,8 @@ class ArrayDataset(TokenDataset):
 
     def __init__(
         self,
-        tokens: NDArray,
-        labels: NDArray,
+        tokens: NDArray[Any],
+        labels: NDArray[Any],
         *,
         vocab_size: int,
         num_classes: int,
@@ -153,6 +153,6 @@ class ArrayDataset(TokenDataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: NDArray[np.int64], variants: NDArray[np.int64]) -> tuple[NDArray, NDArray]:
+    def read(self, indices: NDArray[np.int64], variants: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Read tokens ``[B, H, W]`` and labels ``[B]`` of given images in given variants."""
         return self.tokens[indices, variants], self.labels[indices]

@@ -193,7 +193,7 @@ class TrainStep:
         self.summed_steps = 0
         return progress
 
-    def precision(self) -> AbstractContextManager:
+    def precision(self) -> AbstractContextManager[object]:
         """Return the context in which the model computes."""
         if self.config.precision != "autocast":
             return nullcontext()
