@@ -48,7 +48,7 @@ from cosmic_ray.plugins import get_operator, operator_names
 ROOT = Path(__file__).parents[1]
 EQUAL = ROOT / "tests" / "mutants.json"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-LOSS = ["tests/test_patch_cross_entropy.py", "tests/test_loss_exactness.py"]
+LOSS = ["tests/test_patch_cross_entropy.py"]
 LINEAR = ["tests/test_linear_patch_cross_entropy.py"]
 MEAN = ["tests/test_group_mean.py"]
 MESSAGES = ["tests/test_error_messages.py"]
@@ -61,14 +61,14 @@ TESTS = {
     "_checks": ["tests/test_checks.py", *MESSAGES, "tests/test_patch_cross_entropy.py", *MEAN],
     "_dispatch": [*MEAN, "tests/test_patch_mean.py"],
     "_autograd": ["tests/test_transforms.py", *MEAN],
-    "losses.options": [*MESSAGES, "tests/test_patch_cross_entropy.py", "tests/test_modules.py"],
-    "losses.targets": ["tests/test_patch_cross_entropy.py", "tests/test_modules.py"],
+    "losses.options": ["tests/test_loss_options.py", *MESSAGES, "tests/test_patch_cross_entropy.py"],
+    "losses.targets": ["tests/test_loss_options.py", "tests/test_patch_cross_entropy.py", "tests/test_modules.py"],
     "losses.target_math": LOSS,
     "losses.torch_path": LOSS,
-    "losses.scores": [*LOSS, *LINEAR, "tests/test_transforms.py"],
-    "losses.chunks": [*LINEAR, "tests/test_composition.py"],
-    "losses.patch_cross_entropy": ["tests/test_patch_cross_entropy.py", *MESSAGES, "tests/test_composition.py"],
-    "losses.linear_patch_cross_entropy": [*LINEAR, *MESSAGES, "tests/test_composition.py"],
+    "losses.scores": [*LOSS, *LINEAR],
+    "losses.chunks": LINEAR,
+    "losses.patch_cross_entropy": [*LOSS, *MESSAGES],
+    "losses.linear_patch_cross_entropy": [*LINEAR, *MESSAGES],
     "losses.row_kernels": LOSS,
     "losses.gradient_kernels": LOSS,
     "losses.exponentials": [*LINEAR, "tests/test_exponentials.py"],
@@ -143,7 +143,7 @@ def find_places(name, source, interpreted):
     kernels = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
-            kernels.update(range(node.lineno, node.end_lineno + 1))
+            kernels.update(range(node.decorator_list[0].lineno, node.end_lineno + 1))
     tree = get_ast(source)
     places = []
     for operator_name in sorted(set(operator_names()) - WITH_ARGUMENTS - IDENTITIES):
