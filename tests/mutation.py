@@ -51,31 +51,32 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOSS = ["tests/test_patch_cross_entropy.py"]
 LINEAR = ["tests/test_linear_patch_cross_entropy.py"]
 MEAN = ["tests/test_group_mean.py"]
+THREADS = ["tests/test_vocabulary_threads.py"]
 MESSAGES = ["tests/test_error_messages.py"]
 TESTS = {
     "grouping": ["tests/test_grouping.py", *MESSAGES],
     "schedule": ["tests/test_schedule.py", *MESSAGES],
     "modules": ["tests/test_modules.py"],
     "step_graph": ["tests/test_step_graph.py", "tests/test_trainer_step.py", *MESSAGES],
-    "vocabulary_shard": ["tests/test_vocabulary_parallel.py", *MESSAGES],
+    "vocabulary_shard": [*THREADS, *MESSAGES],
     "_checks": ["tests/test_checks.py", *MESSAGES, "tests/test_patch_cross_entropy.py", *MEAN],
     "_dispatch": [*MEAN, "tests/test_patch_mean.py"],
     "_autograd": ["tests/test_transforms.py", *MEAN],
     "losses.options": ["tests/test_loss_options.py", *MESSAGES, "tests/test_patch_cross_entropy.py"],
     "losses.targets": ["tests/test_loss_options.py", "tests/test_patch_cross_entropy.py", "tests/test_modules.py"],
     "losses.target_math": LOSS,
-    "losses.torch_path": LOSS,
-    "losses.scores": [*LOSS, *LINEAR],
-    "losses.chunks": LINEAR,
+    "losses.torch_path": [*THREADS, *LOSS],
+    "losses.scores": [*THREADS, *LOSS],
+    "losses.chunks": [*THREADS, *LINEAR],
     "losses.patch_cross_entropy": [*LOSS, *MESSAGES],
     "losses.linear_patch_cross_entropy": [*LINEAR, *MESSAGES],
     "losses.row_kernels": LOSS,
     "losses.gradient_kernels": LOSS,
     "losses.exponentials": [*LINEAR, "tests/test_exponentials.py"],
     "losses.exponential_rows": [*LINEAR, "tests/test_exponentials.py"],
-    "losses.sharded": ["tests/test_vocabulary_parallel.py"],
+    "losses.sharded": THREADS,
     "losses.shard_kernels": ["tests/test_vocabulary_parallel.py"],
-    "embeddings.group_mean": [*MEAN, *MESSAGES],
+    "embeddings.group_mean": [*THREADS, *MEAN, *MESSAGES],
     "embeddings.group_order": [*MEAN, *MESSAGES],
     "embeddings.mean_kernels": MEAN,
     "embeddings.torch_path": MEAN,
@@ -100,6 +101,7 @@ IDENTITIES = {"core/ReplaceComparisonOperator_Eq_Is", "core/ReplaceComparisonOpe
 WITH_ARGUMENTS = {"core/VariableInserter", "core/VariableReplacer"}  # operators for variables that one names
 WITHOUT_EFFECT = {"strict", "num_warps", "num_stages"}  # keywords: of `zip` where lengths agree, of a kernel's launch
 LONGEST = 0.15  # seconds of the processor for one test
+QUICK = "not compile and not gradcheck"  # what is known to take longer is not even timed
 SLOWEST = 600  # seconds of one mutant, which may wait forever
 
 
@@ -234,7 +236,8 @@ def try_tests(name, changed, tests, times=None, kills=None, seconds=None):
             status = 1
             known = set(sys.modules)
             try:
-                arguments = [*tests, "-q", "-p", "no:cacheprovider", *(["-x"] if times is not None else [])]
+                arguments = [*tests, "-q", "-p", "no:cacheprovider", "-k", QUICK]
+                arguments += ["-x"] if times is not None else []
                 arguments += ["-m", "kernels"] if INTERPRETED else []
                 order = _Order(record, times, kills)
                 status = pytest.main(arguments, plugins=[order])

@@ -99,6 +99,14 @@ def test_shapes(device, num_rows, vocab_size, group_size, ignored):
     check(peaky_logits(num_rows, vocab_size, device=device), groups.int(), reduction="none")
 
 
+@pytest.mark.parametrize("options", [{}, {"normalize": "row"}, {"normalize": "slot"}, {"reduction": "none"}], ids=str)
+def test_an_id_of_the_vocabulary_may_be_ignored(device, options):
+    """A padding id, say, with ids below and above it."""
+    groups = torch.randint(20, (9, 4), device=device)
+    groups[0], groups[1, :2] = 7, 7
+    check(peaky_logits(9, 20, device=device), groups, ignore_index=7, **options)
+
+
 def test_a_vocabulary_of_one_has_no_loss(device):
     logits = torch.randn(3, 1, device=device, requires_grad=True)
     loss = npp_kernels.patch_cross_entropy(logits, torch.zeros(3, 3, dtype=torch.int64, device=device))

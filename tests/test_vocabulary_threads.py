@@ -1,0 +1,177 @@
+"""A vocabulary that threads of one process share out: every path of the PyTorch side, in float64 and in milliseconds.
+
+`test_vocabulary_parallel` starts real process groups; here a barrier and a list stand for one, so that debuggers,
+coverage and mutation testing see what each rank does.
+"""
+
+import threading
+
+import pytest
+import torch
+
+import npp_kernels
+from npp_kernels import VocabularyShard
+from tests.conftest import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter serves one thread")
+SIZES = (7, 3, 8)
+VOCAB_SIZE = sum(SIZES)
+REDUCTIONS = {"max": torch.amax, "min": torch.amin, "sum": torch.sum}
+
+
+class Done:
+    """What has to be waited for no longer."""
+
+    def wait(self):
+        return True
+
+
+@pytest.fixture
+def over_ranks(monkeypatch):
+    """Return a function that runs another with the shard of each rank, and returns what each of them returned."""
+    barrier, parts = threading.Barrier(len(SIZES), timeout=20), {}
+
+    def start_all_reduce(shard, tensor, operation):
+        parts[shard.rank] = tensor.clone()
+        barrier.wait()
+        result = REDUCTIONS[operation](torch.stack([parts[rank] for rank in range(len(SIZES))]), 0)
+        barrier.wait()
+        tensor.copy_(result)
+        return Done()
+
+    monkeypatch.setattr(VocabularyShard, "start_all_reduce", start_all_reduce)
+
+    def run(function):
+        results, errors = {}, []
+
+        def work(rank):
+            try:
+                results[rank] = function(VocabularyShard(SIZES, rank, "threads"))
+            except Exception as error:
+                errors.append(error)
+                barrier.abort()
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(SIZES))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        barrier.reset()
+        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+            raise error
+        return [results[rank] for rank in range(len(SIZES))]
+
+    return run
+
+
+def make_groups(ignored=-100):
+    groups = torch.randint(VOCAB_SIZE, (11, 4))
+    groups[torch.rand(groups.shape) < 0.2] = ignored
+    groups[1] = ignored
+    groups[2] = groups[2, :1]  # one target several times
+    return groups
+
+
+OPTIONS = [
+    {},
+    {"reduction": "none", "label_smoothing": 0.1},
+    {"reduction": "sum", "z_loss": 0.1, "softcap": 3.0, "slot_weights": [1.0, 0.5, 2.0, 0.25]},
+    {"normalize": "row", "label_smoothing": 0.2, "class_weight": torch.arange(1.0, 1.0 + VOCAB_SIZE).double()},
+    {"token_scaling": True, "ignore_index": 5},
+]
+
+
+def run_loss(function, leaves, groups, upstream, **options):
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    loss, stats = function(*leaves, groups, return_stats=True, **options)
+    loss.backward(upstream)
+    return loss.detach(), [leaf.grad for leaf in leaves], stats
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_slices_of_logits_score_as_the_whole(over_ranks, options):
+    logits, groups = 3 * torch.randn(11, VOCAB_SIZE).double(), make_groups(options.get("ignore_index", -100))
+    logits[3, groups[3, 0].clamp(min=0)] += 20  # a sure row
+    logits[4] = 1.0  # equal maxima on every rank
+    logits[5].clamp_(max=0.25)
+    upstream = torch.rand(groups.shape if options.get("reduction") == "none" else ()).double()
+    function = npp_kernels.patch_cross_entropy
+    loss, (grad,), stats = run_loss(function, [logits], groups, upstream, **options)
+    found = over_ranks(
+        lambda shard: run_loss(
+            function, [logits[:, shard.start : shard.stop]], groups, upstream, shard=shard, **options
+        )
+    )
+    for found_loss, _, found_stats in found:
+        torch.testing.assert_close(found_loss, loss)
+        for name in ("lse", "entropy", "accuracy"):
+            torch.testing.assert_close(getattr(found_stats, name), getattr(stats, name), msg=name)
+        assert torch.equal(found_stats.prediction, stats.prediction)
+    torch.testing.assert_close(torch.cat([grads[0] for _, grads, _ in found], 1), grad)
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+def test_slices_of_an_output_layer_score_as_the_whole(over_ranks, chunk_rows):
+    hidden, weight = torch.randn(11, 5).double(), torch.randn(VOCAB_SIZE, 5).double()
+    groups, upstream, function = make_groups(), torch.tensor(1.7).double(), npp_kernels.linear_patch_cross_entropy
+    loss, (grad_hidden, grad_weight), stats = run_loss(function, [hidden, weight], groups, upstream)
+
+    def run(shard):
+        leaves = [hidden, weight[shard.start : shard.stop]]
+        return run_loss(function, leaves, groups, upstream, shard=shard, chunk_rows=chunk_rows)
+
+    found = over_ranks(run)
+    for found_loss, grads, found_stats in found:
+        torch.testing.assert_close(found_loss, loss)
+        torch.testing.assert_close(grads[0], grad_hidden)
+        torch.testing.assert_close(found_stats.lse, stats.lse)
+    torch.testing.assert_close(torch.cat([grads[1] for _, grads, _ in found]), grad_weight)
+
+
+@pytest.mark.parametrize("ignore_index", [None, -100, 5])
+def test_slices_of_a_table_have_the_means_of_the_whole(over_ranks, ignore_index):
+    table, groups, upstream = torch.randn(VOCAB_SIZE, 5).double(), make_groups(), torch.randn(11, 5).double()
+    groups = groups if ignore_index == -100 else groups.clamp(min=0)
+
+    def run(part, **options):
+        part = part.detach().clone().requires_grad_()
+        means = npp_kernels.group_mean(part, groups, ignore_index=ignore_index, **options)
+        means.backward(upstream)
+        return means.detach(), part.grad
+
+    means, grad = run(table)
+    found = over_ranks(lambda shard: run(table[shard.start : shard.stop], shard=shard))
+    for found_means, _ in found:
+        torch.testing.assert_close(found_means, means)
+    torch.testing.assert_close(torch.cat([part for _, part in found]), grad)
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_other_rows_on_one_rank_are_an_error_on_all(over_ranks, other):
+    logits, table, groups = torch.randn(11, VOCAB_SIZE), torch.randn(VOCAB_SIZE, 5), torch.full((11, 4), 2)
+
+    def run(shard):
+        mine = groups.clone()
+        mine[7, 1] = 2 + (shard.rank == other)
+        messages = []
+        for call in (
+            lambda: npp_kernels.patch_cross_entropy(logits[:, shard.start : shard.stop], mine, shard=shard),
+            lambda: npp_kernels.group_mean(table[shard.start : shard.stop], mine, shard=shard),
+        ):
+            with pytest.raises(ValueError, match="groups: expected the same rows on every rank") as caught:
+                call()
+            messages.append(str(caught.value))
+        return messages
+
+    assert len(over_ranks(run)) == len(SIZES)
+
+
+def test_a_shard_knows_its_ids():
+    shards = [VocabularyShard(SIZES, rank, "threads") for rank in range(len(SIZES))]
+    assert [(shard.start, shard.stop, shard.size, shard.vocab_size) for shard in shards] == [
+        (0, 7, 7, 18),
+        (7, 10, 3, 18),
+        (10, 18, 8, 18),
+    ]
+    with pytest.raises(ValueError, match=r"logits: expected 3 ids on axis -1, those of rank 1 in a shard of"):
+        npp_kernels.patch_cross_entropy(torch.zeros(2, 4), torch.zeros(2, 1, dtype=torch.int64), shard=shards[1])
