@@ -11,7 +11,7 @@ from npp_kernels.losses import row_kernels
 from npp_kernels.losses.chunks import find_chunks
 from tests.budget import assert_within_budget, rounded_scale
 from tests.conftest import INTERPRETED
-from tests.test_patch_cross_entropy import DIFFERENTIABLE, OPTIONS, make_groups
+from tests.test_patch_cross_entropy import DIFFERENTIABLE, OPTIONS, NoGradient, make_groups
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # the interpreter truncates bfloat16
 NAMES = ("loss", "grad_hidden", "grad_weight", "grad_bias", "lse", "accuracy", "entropy")
@@ -127,6 +127,17 @@ def test_class_weights_and_token_scaling(device, options):
     groups = make_groups(75, 23, 4, device)
     upstream = torch.rand(groups.shape) if options.get("reduction") == "none" else torch.tensor(1.7)
     check(inputs, groups, upstream.to(device), chunk_rows=10, class_weight=torch.rand(75, device=device), **options)
+
+
+def test_a_loss_that_no_gradient_comes_to_has_none(device):
+    hidden, weight, _ = (None if t is None else t.requires_grad_() for t in make_inputs(6, 8, 20, device, bias=False))
+    for reduction in ("mean", "none"):
+        loss = npp_kernels.linear_patch_cross_entropy(
+            hidden, weight, make_groups(20, 6, 4, device), reduction=reduction
+        )
+        NoGradient.apply(loss).sum().backward()
+    assert hidden.grad is None
+    assert weight.grad is None
 
 
 def test_a_gradient_that_was_handed_out_is_the_callers(device):

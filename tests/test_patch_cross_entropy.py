@@ -172,6 +172,24 @@ def test_several_backwards(device):
         loss.backward()
 
 
+class NoGradient(torch.autograd.Function):
+    """Twice its argument, whose backward says that there is no gradient."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return 2 * value
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None
+
+
+def test_a_loss_that_no_gradient_comes_to_has_none(device):
+    logits = peaky_logits(6, 20, device=device).requires_grad_()
+    NoGradient.apply(npp_kernels.patch_cross_entropy(logits, make_groups(20, 6, 4, device))).backward()
+    assert logits.grad is None
+
+
 def test_a_gradient_that_was_handed_out_is_the_callers(device):
     """`loss.backward(retain_graph=True); x.grad.zero_(); loss.backward()`, as with `F.cross_entropy`."""
     logits = peaky_logits(6, 20, device=device).requires_grad_()
