@@ -69,7 +69,7 @@ TESTS = {
     "losses.scores": [*THREADS, *LOSS],
     "losses.chunks": [*THREADS, *LINEAR],
     "losses.patch_cross_entropy": [*LOSS, *MESSAGES],
-    "losses.linear_patch_cross_entropy": [*LINEAR, *MESSAGES],
+    "losses.linear_patch_cross_entropy": [*LINEAR, *MESSAGES, "tests/test_compile.py"],
     "losses.row_kernels": LOSS,
     "losses.gradient_kernels": LOSS,
     "losses.exponentials": [*LINEAR, "tests/test_exponentials.py"],
@@ -101,7 +101,7 @@ IDENTITIES = {"core/ReplaceComparisonOperator_Eq_Is", "core/ReplaceComparisonOpe
 WITH_ARGUMENTS = {"core/VariableInserter", "core/VariableReplacer"}  # operators for variables that one names
 WITHOUT_EFFECT = {"strict", "num_warps", "num_stages"}  # keywords: of `zip` where lengths agree, of a kernel's launch
 LONGEST = 0.15  # seconds of the processor for one test
-QUICK = "not compile and not gradcheck"  # what is known to take longer is not even timed
+QUICK = "(not compile or operators) and not gradcheck"  # what is known to take longer is not even timed
 SLOWEST = 600  # seconds of one mutant, which may wait forever
 
 

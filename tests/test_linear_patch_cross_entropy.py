@@ -210,7 +210,9 @@ def test_errors():
     call = npp_kernels.linear_patch_cross_entropy
     with pytest.raises(ValueError, match=r"hidden: expected \[..., 8\] for weight \(20, 8\), got \(5, 7\)"):
         call(hidden[:, :7], weight, groups)
-    with pytest.raises(ValueError, match="groups: expected the leading shape of hidden"):
+    with pytest.raises(ValueError, match=r"hidden: expected \[..., 8\] for weight \(20, 8\), got \(\)"):
+        call(torch.tensor(1.0), weight, groups)
+    with pytest.raises(ValueError, match=r"groups: expected the leading shape of hidden, \(5,\), and K, got \(3, 4\)"):
         call(hidden, weight, groups[:3])
     with pytest.raises(TypeError, match=r"weight: expected the dtype of hidden, torch.bfloat16, outside of autocast"):
         call(hidden.bfloat16(), weight, groups)
