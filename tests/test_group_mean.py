@@ -75,6 +75,12 @@ def test_one_id_is_the_embedding_bit_for_bit(device, dtype):
     assert torch.equal(out.view(bits), F.embedding(groups[..., 0], table).view(bits))
 
 
+def test_tables_with_strides(device):
+    groups = torch.randint(6, (5, 3), device=device)
+    for table in (torch.randn(4, 6, device=device).t(), torch.randn(6, 1, device=device).expand(6, 4)):
+        torch.testing.assert_close(npp_kernels.group_mean(table, groups), table[groups].mean(1))
+
+
 def test_gradcheck():
     table = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     groups = torch.randint(6, (2, 4, 3))

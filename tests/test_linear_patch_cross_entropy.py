@@ -8,7 +8,7 @@ import torch
 import npp_kernels
 import reference.ops as reference
 from npp_kernels.losses import row_kernels
-from npp_kernels.losses.chunks import find_chunks
+from npp_kernels.losses.chunks import Layer, Plan, _Products, find_chunks
 from tests.budget import assert_within_budget, rounded_scale
 from tests.conftest import INTERPRETED
 from tests.test_patch_cross_entropy import DIFFERENTIABLE, OPTIONS, NoGradient, make_groups
@@ -251,6 +251,22 @@ def test_default_chunks(num_rows, vocab_size, chunk_rows, spare_rows, sizes):
     chunks = list(find_chunks(num_rows, vocab_size, chunk_rows, spare_rows))
     assert [chunk.stop - chunk.start for chunk in chunks] == sizes
     assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(num_rows))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "dtype", "wants_weight", "spare", "num_chunks"),
+    [
+        (4096 + 128, torch.bfloat16, True, True, 1),  # 128 rows of logits are as large as the weight in fp32
+        (4096 + 129, torch.bfloat16, True, True, 2),
+        (4096 + 1, torch.bfloat16, False, True, 2),
+        (4096 + 1, torch.bfloat16, True, False, 2),
+        (4096 + 1, torch.float32, True, True, 2),  # the gradient's own memory is fp32
+    ],
+)
+def test_spare_rows_are_what_a_gradient_in_fp32_would_take(num_rows, dtype, wants_weight, spare, num_chunks):
+    hidden, weight, _ = make_inputs(num_rows, 64, 8, "cpu", dtype, bias=False)
+    products = _Products(Layer(hidden, weight, None), Plan(dtype, None, (True, wants_weight, False)), None, spare=spare)
+    assert len(products.chunks) == num_chunks
 
 
 @pytest.mark.gpu
