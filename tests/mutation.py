@@ -56,7 +56,7 @@ MESSAGES = ["tests/test_error_messages.py"]
 TESTS = {
     "grouping": ["tests/test_grouping.py", *MESSAGES],
     "schedule": ["tests/test_schedule.py", *MESSAGES],
-    "modules": ["tests/test_modules.py"],
+    "modules": ["tests/test_modules.py", "tests/test_loss_options.py"],
     "step_graph": ["tests/test_step_graph.py", "tests/test_trainer_step.py", *MESSAGES],
     "vocabulary_shard": [*THREADS, *MESSAGES],
     "_checks": ["tests/test_checks.py", *MESSAGES, "tests/test_patch_cross_entropy.py", *MEAN],
@@ -66,7 +66,7 @@ TESTS = {
     "losses.targets": ["tests/test_loss_options.py", "tests/test_patch_cross_entropy.py", "tests/test_modules.py"],
     "losses.target_math": LOSS,
     "losses.torch_path": [*THREADS, *LOSS],
-    "losses.scores": [*THREADS, *LOSS],
+    "losses.scores": [*THREADS, *LOSS, *LINEAR],
     "losses.chunks": [*THREADS, *LINEAR],
     "losses.patch_cross_entropy": [*LOSS, *MESSAGES],
     "losses.linear_patch_cross_entropy": [*LINEAR, *MESSAGES, "tests/test_compile.py"],
