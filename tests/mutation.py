@@ -100,7 +100,8 @@ PROJECT = ("npp_kernels", "tests", "reference", "bench", "examples", "conftest",
 IDENTITIES = {"core/ReplaceComparisonOperator_Eq_Is", "core/ReplaceComparisonOperator_NotEq_IsNot"}
 WITH_ARGUMENTS = {"core/VariableInserter", "core/VariableReplacer"}  # operators for variables that one names
 WITHOUT_EFFECT = {"strict", "num_warps", "num_stages"}  # keywords: of `zip` where lengths agree, of a kernel's launch
-LONGEST = 0.15  # seconds of the processor for one test
+LONGEST = 1.0 if INTERPRETED else 0.15  # seconds of the processor for one test
+ALL = 10 if INTERPRETED else 60  # and for all tests of a module: of more, those that come first in a drawn order
 QUICK = "(not compile or operators) and not gradcheck"  # what is known to take longer is not even timed
 SLOWEST = 600  # seconds of one mutant, which may wait forever
 
@@ -195,9 +196,11 @@ class _Order:
     """Run first what killed mutants, then what is quick; write down what each test took, and which failed."""
 
     def __init__(self, record, times, kills):
-        self.record, self.times, self.kills = record, times, kills
+        self.record, self.times, self.kills, self.spent = record, times, kills, 0.0
 
     def pytest_collection_modifyitems(self, items):
+        if self.times is None:
+            random.Random(0).shuffle(items)
         if self.times is not None:
             items[:] = [item for item in items if self.times.get(item.nodeid, LONGEST) < LONGEST]
             items.sort(key=lambda item: (-self.kills[item.nodeid], self.times[item.nodeid]))
@@ -206,8 +209,15 @@ class _Order:
     def pytest_runtest_protocol(self, item):
         start = time.process_time()
         result = yield
-        self.write(took=[item.nodeid, time.process_time() - start])
+        if self.times is None:
+            took = time.process_time() - start
+            self.spent += min(took, LONGEST)
+            self.write(took=[item.nodeid, took])
         return result
+
+    def pytest_runtest_setup(self, item):
+        if self.times is None and self.spent > ALL:
+            pytest.skip("enough")
 
     def pytest_runtest_logreport(self, report):
         if report.outcome != "passed":

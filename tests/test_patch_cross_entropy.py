@@ -132,6 +132,18 @@ def test_wide_rows(device, options):
     check(peaky_logits(7, 300), make_groups(300, 7, 4, device), **options)
 
 
+@pytest.mark.usefixtures("narrow_blocks")
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}, {"reduction": "none"}], ids=str)
+def test_three_rows_of_three_blocks(device, options):
+    """The same in a fraction of the interpreter's time; the largest logit in the first, the last and the middle."""
+    if device.type == "cuda":
+        pytest.skip("the blocks are too small for a GPU's threads")
+    logits = torch.randn(3, 150)
+    logits[torch.arange(3), torch.tensor([5, 149, 70])] = 6.0
+    groups = torch.tensor([[5, 80], [0, -100], [149, 149]])
+    check(logits, groups, [torch.rand(3, 2) if "reduction" in options else torch.tensor(1.7)], **options)
+
+
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"softcap": 4.0, "label_smoothing": 0.1}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_in_place(device, dtype, options):
