@@ -52,6 +52,8 @@ LOSS = ["tests/test_patch_cross_entropy.py"]
 LINEAR = ["tests/test_linear_patch_cross_entropy.py"]
 MEAN = ["tests/test_group_mean.py"]
 THREADS = ["tests/test_vocabulary_threads.py"]
+WIDE = "tests/test_patch_cross_entropy.py::test_three_rows_of_three_blocks"
+FREQUENT = "tests/test_group_mean.py::test_frequent_ids_in_many_small_chunks"
 MESSAGES = ["tests/test_error_messages.py"]
 TESTS = {
     "grouping": ["tests/test_grouping.py", *MESSAGES],
@@ -192,6 +194,11 @@ class _Changed(importlib.machinery.SourceFileLoader):
         return compile(self.source, self.path, "exec", dont_inherit=True)
 
 
+def is_named(item):
+    """Return whether a test is run however long it takes."""
+    return item.nodeid.startswith((WIDE, FREQUENT))
+
+
 class _Order:
     """Run first what killed mutants, then what is quick; write down what each test took, and which failed."""
 
@@ -201,8 +208,10 @@ class _Order:
     def pytest_collection_modifyitems(self, items):
         if self.times is None:
             random.Random(0).shuffle(items)
-        if self.times is not None:
-            items[:] = [item for item in items if self.times.get(item.nodeid, LONGEST) < LONGEST]
+            items.sort(key=is_named, reverse=True)
+        else:
+            timed = [item for item in items if item.nodeid in self.times]
+            items[:] = [item for item in timed if is_named(item) or self.times[item.nodeid] < LONGEST]
             items.sort(key=lambda item: (-self.kills[item.nodeid], self.times[item.nodeid]))
 
     @pytest.hookimpl(wrapper=True)
