@@ -62,7 +62,7 @@ TESTS = {
     "step_graph": ["tests/test_step_graph.py", "tests/test_trainer_step.py", *MESSAGES],
     "vocabulary_shard": [*THREADS, *MESSAGES],
     "_checks": ["tests/test_checks.py", *MESSAGES, "tests/test_patch_cross_entropy.py", *MEAN],
-    "_dispatch": [*MEAN, "tests/test_patch_mean.py"],
+    "_dispatch": ["tests/test_dispatch.py", *MEAN],
     "_autograd": ["tests/test_transforms.py", *MEAN],
     "losses.options": ["tests/test_loss_options.py", *MESSAGES, "tests/test_patch_cross_entropy.py"],
     "losses.targets": ["tests/test_loss_options.py", "tests/test_patch_cross_entropy.py", "tests/test_modules.py"],
