@@ -8,9 +8,16 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import npp_kernels
 from npp_kernels import VocabularyShard
+from npp_kernels.losses import sharded
+from npp_kernels.losses.options import LossOptions
+from npp_kernels.losses.targets import find_targets
+from npp_kernels.vocabulary_shard import local_slice
 from tests.conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter serves one thread")
@@ -144,6 +151,69 @@ def test_slices_of_a_table_have_the_means_of_the_whole(over_ranks, ignore_index)
     for found_means, _ in found:
         torch.testing.assert_close(found_means, means)
     torch.testing.assert_close(torch.cat([part for _, part in found]), grad)
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "none", "token_scaling": True, "label_smoothing": 0.1}, {"z_loss": 0.1, "softcap": 3.0}],
+    ids=str,
+)
+def test_the_operator_of_compiled_code_scores_the_same(over_ranks, options, stats):
+    logits, groups = torch.randn(11, VOCAB_SIZE).double(), make_groups()
+    wishes = {"per_target": options.get("reduction") == "none", "stats": stats}
+
+    def run(shard):
+        assert sharded.restored_shard(*sharded.flattened_shard(shard)) == shard
+        mine = logits[:, shard.start : shard.stop]
+        targets, _ = find_targets(groups, LossOptions(**options), mine, shard)
+        expected = [part for part in sharded.find_scores(mine, targets, **wishes) if part is not None]
+        arguments = *targets.tensors(), *targets.settings, *sharded.flattened_shard(shard), *wishes.values()
+        found = torch.ops.npp_kernels.sharded_scores(mine, *arguments)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+        return len(found)
+
+    assert over_ranks(run) == [1 + 2 * ("token_scaling" in options) + stats] * len(SIZES)
+    assert sharded.restored_shard(*sharded.flattened_shard(None)) is None
+
+
+@pytest.fixture
+def second_of_three():
+    """A process group of three ranks of which this process is the second, and that sends nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=3)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("second_of_three")
+def test_a_dtensor_says_which_ids_a_rank_holds():
+    mesh = init_device_mesh("cpu", (3,))
+
+    def distributed(local, placement, rows, mesh=mesh):
+        return DTensor.from_local(local, mesh, placement, run_check=False, shape=(rows, 4), stride=(4, 1))
+
+    for rows, sizes in ((9, (3, 3, 3)), (8, (3, 3, 2)), (7, (3, 3, 1))):
+        table = distributed(torch.randn(3, 4), [Shard(0)], rows)
+        local, shard = local_slice("table", table, 0, None)
+        assert (shard.sizes, shard.rank) == (sizes, 1)
+        assert torch.equal(local, table.to_local())
+        assert local_slice("table", table, -2, VocabularyShard.of_sizes(sizes))[1] == shard
+    with pytest.raises(ValueError, match="shard: expected that of table"):
+        local_slice("table", table, 0, VocabularyShard.of_sizes((2, 3, 2)))
+    with pytest.raises(ValueError, match=r"sizes: expected every rank to hold at least one id, got \[2, 2, 0\]"):
+        local_slice("table", distributed(torch.randn(2, 4), [Shard(0)], 4), 0, None)
+    with pytest.raises(TypeError, match=r"table: expected .* placement Shard\(0\)"):
+        local_slice("table", distributed(torch.randn(9, 4), [Replicate()], 9), 0, None)
+    with pytest.raises(TypeError, match=r"table: expected .* placement Shard\(1\)"):
+        local_slice("table", table, 1, None)
+    two_axes = init_device_mesh("cpu", (3, 1))
+    with pytest.raises(TypeError, match="on a mesh of one axis"):
+        local_slice("table", distributed(torch.randn(3, 4), [Shard(0), Replicate()], 9, two_axes), 0, None)
+    for sizes in ((4, 5), (3, 3, 3, 3)):
+        with pytest.raises(ValueError, match="sizes: expected 3, one for each rank"):
+            VocabularyShard.of_sizes(sizes)
 
 
 @pytest.mark.parametrize("other", [0, 1])
