@@ -35,7 +35,9 @@ def test_sizes(size):
     assert power >= size > power // 2
     assert bin(power).count("1") == 1
     for step in (1, 2, 7, 1024):
-        assert (_dispatch.cdiv(size, step) - 1) * step < size <= _dispatch.cdiv(size, step) * step
+        steps = _dispatch.cdiv(size, step)
+        assert isinstance(steps, int)
+        assert (steps - 1) * step < size <= steps * step
 
 
 def test_float64_and_the_cpu_take_the_pytorch_path(monkeypatch):
