@@ -322,7 +322,8 @@ def main():
                 entry = verdicts.get(key)
                 if options.again and entry is None:
                     continue
-                if entry is None or (options.again and not entry["killed"]):
+                listed = (name, before, after) in equal
+                if entry is None or (options.again and not entry["killed"] and not listed):
                     if times is None:
                         times = prepare(name, source, TESTS[name])
                     seconds = 10 + 3 * sum(times.values())
@@ -334,7 +335,6 @@ def main():
                     if options.journal:
                         with options.journal.open("a") as file:
                             file.write(json.dumps(entry) + "\n")
-                listed = (name, before, after) in equal
                 counts["killed" if entry["killed"] else "equal" if listed else "alive"] += 1
                 if not entry["killed"] and not listed:
                     print(f"{name}:{number} {operator}\n  - {before}\n  + {after}", flush=True)
