@@ -53,6 +53,7 @@ LINEAR = ["tests/test_linear_patch_cross_entropy.py"]
 MEAN = ["tests/test_group_mean.py"]
 THREADS = ["tests/test_vocabulary_threads.py"]
 WIDE = "tests/test_patch_cross_entropy.py::test_three_rows_of_three_blocks"
+SLICE = "tests/test_patch_cross_entropy.py::test_the_gradient_of_a_slice_follows_from_the_scores_of_the_whole"
 FREQUENT = "tests/test_group_mean.py::test_frequent_ids_in_many_small_chunks"
 MESSAGES = ["tests/test_error_messages.py"]
 TESTS = {
@@ -196,7 +197,7 @@ class _Changed(importlib.machinery.SourceFileLoader):
 
 def is_named(item):
     """Return whether a test is run however long it takes."""
-    return item.nodeid.startswith((WIDE, FREQUENT))
+    return item.nodeid.startswith((WIDE, SLICE, FREQUENT))
 
 
 class _Order:

@@ -4,7 +4,12 @@ import torch.nn.functional as F
 
 import npp_kernels
 import reference.ops as reference
-from npp_kernels.losses import gradient_kernels, row_kernels
+from npp_kernels import VocabularyShard
+from npp_kernels._dispatch import runs_kernels
+from npp_kernels.losses import gradient_kernels, row_kernels, torch_path
+from npp_kernels.losses.options import LossOptions
+from npp_kernels.losses.scores import Scores
+from npp_kernels.losses.targets import find_targets
 from tests.budget import assert_within_budget
 from tests.conftest import INTERPRETED
 from tests.inputs import peaky_logits, skewed_ids
@@ -359,6 +364,31 @@ def test_in_place_on_a_slice(device):
     (2 * npp_kernels.patch_cross_entropy(view, groups, inplace_backward=True)).backward()
     torch.testing.assert_close(view.grad, leaf.grad)
     assert torch.equal(storage[:, 50:], kept)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_the_gradient_of_a_slice_follows_from_the_scores_of_the_whole(device, label_smoothing):
+    """As each rank of a vocabulary that is shared out computes its own; beside the slice nothing is written."""
+    sizes = (7, 3, 8)
+    logits, groups = peaky_logits(5, sum(sizes), device=device), make_groups(sum(sizes), 5, 4, device)
+    upstream, options = torch.tensor(1.7, device=device), LossOptions(label_smoothing=label_smoothing)
+    leaf = logits.clone().requires_grad_()
+    npp_kernels.patch_cross_entropy(leaf, groups, label_smoothing=label_smoothing).backward(upstream)
+    targets, _ = find_targets(groups, options, logits)
+    scores = Scores.empty(targets, logits.dtype, per_target=False, stats=False)
+    on_kernels = runs_kernels(logits)
+    if on_kernels:
+        row_kernels.launch_loss(logits, None, targets, scores)
+    else:
+        torch_path.torch_loss(logits, targets, scores)
+    for rank, size in enumerate(sizes):
+        shard = VocabularyShard(sizes, rank, "none")
+        mine = targets._replace(shard=shard)
+        around = torch.full((5, 32), 9.0, device=device)
+        fill = gradient_kernels.launch_gradient if on_kernels else torch_path.torch_gradient
+        fill(logits[:, shard.start : shard.stop], around[:, :size], mine, scores, upstream)
+        torch.testing.assert_close(around[:, :size], leaf.grad[:, shard.start : shard.stop])
+        assert (around[:, size:] == 9).all()
 
 
 def test_empty(device):
