@@ -327,6 +327,8 @@ def main():
                 if entry is None or (options.again and not entry["killed"] and not listed):
                     if times is None:
                         times = prepare(name, source, TESTS[name])
+                        if try_tests(name, source, TESTS[name], times, kills)[0]:
+                            sys.exit(f"{name}: the tests fail in the order of mutants without a change")
                     seconds = 10 + 3 * sum(times.values())
                     status, record = try_tests(name, changed, TESTS[name], times, kills, seconds)
                     failed = [line["failed"] for line in record if "failed" in line]
