@@ -244,6 +244,7 @@ def test_double_backward_is_refused(device):
         (5632, 16384, None, 0, [2816, 2816]),  # the gradient is fp32 itself, or nobody wants it
         (4096, 262144, None, 0, [2048, 2048]),  # a wide vocabulary
         (300, 16384, 100, 1536, [100] * 3),  # as the caller says
+        (600, 16384, 200, 1536, [200] * 3),  # no more than that
         (0, 16384, None, 0, []),
     ],
 )

@@ -121,7 +121,8 @@ def test_slices_of_logits_score_as_the_whole(over_ranks, options):
 @pytest.mark.parametrize("chunk_rows", [None, 4])
 def test_slices_of_an_output_layer_score_as_the_whole(over_ranks, chunk_rows):
     hidden, weight = torch.randn(11, 5).double(), torch.randn(VOCAB_SIZE, 5).double()
-    groups, upstream, function = make_groups(), torch.tensor(1.7).double(), npp_kernels.linear_patch_cross_entropy
+    groups, upstream = make_groups()[:, :3], torch.tensor(1.7).double()
+    function = npp_kernels.linear_patch_cross_entropy
     loss, (grad_hidden, grad_weight), stats = run_loss(function, [hidden, weight], groups, upstream)
 
     def run(shard):
@@ -219,6 +220,26 @@ def test_a_dtensor_says_which_ids_a_rank_holds():
     for sizes in ((4, 5), (3, 3, 3, 3)):
         with pytest.raises(ValueError, match="sizes: expected 3, one for each rank"):
             VocabularyShard.of_sizes(sizes)
+
+
+@pytest.mark.usefixtures("second_of_three")
+def test_dtensors_are_what_their_slices_and_a_shard_are():
+    """The ranks send nothing here, so that the numbers mean nothing; but they are the same."""
+    mesh, groups, shard = init_device_mesh("cpu", (3,)), torch.randint(9, (5, 2)), VocabularyShard.of_sizes((3, 3, 3))
+    logits, hidden, weight, bias = torch.randn(5, 3), torch.randn(5, 4), torch.randn(3, 4), torch.randn(3)
+
+    def distributed(local, axis):
+        return DTensor.from_local(local, mesh, [Shard(axis)], run_check=False)
+
+    loss = npp_kernels.patch_cross_entropy
+    assert torch.equal(loss(distributed(logits, 1), groups), loss(logits, groups, shard=shard))
+    loss = npp_kernels.linear_patch_cross_entropy
+    assert torch.equal(
+        loss(hidden, distributed(weight, 0), groups, bias=distributed(bias, 0)),
+        loss(hidden, weight, groups, bias=bias, shard=shard),
+    )
+    means = npp_kernels.group_mean
+    assert torch.equal(means(distributed(weight, 0), groups), means(weight, groups, shard=shard))
 
 
 @pytest.mark.parametrize("other", [0, 1])
