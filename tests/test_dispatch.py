@@ -70,7 +70,7 @@ def test_what_depends_on_the_gpu(capability, monkeypatch, value, hopper, overlap
     assert not _dispatch.can_overlap(on_gpu())
 
 
-def test_compiled_code_orders_kernels_itself(capability, monkeypatch):
+def test_traced_code_orders_kernels_itself(capability, monkeypatch):
     capability(9, 0)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not _dispatch.can_overlap(on_gpu())
@@ -153,7 +153,7 @@ def test_a_kernel_is_launched_early_where_it_waits(launches, capability, value, 
     assert [options for _, _, options, _ in launches] == [expected]
 
 
-def test_a_limit_of_registers_is_for_nvidias_compiler(launches, monkeypatch):
+def test_a_limit_of_registers_is_for_nvidia_alone(launches, monkeypatch):
     _dispatch.launch(launches, (1,), on_gpu(1), max_registers=64)
     monkeypatch.setattr(torch.version, "cuda", None)
     _dispatch.launch(launches, (1,), on_gpu(1), max_registers=64)

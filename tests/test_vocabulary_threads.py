@@ -222,6 +222,15 @@ def test_a_dtensor_says_which_ids_a_rank_holds():
             VocabularyShard.of_sizes(sizes)
 
 
+def test_a_group_of_one_exchanges_its_size():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        shard = VocabularyShard.of(8)
+    finally:
+        dist.destroy_process_group()
+    assert (shard.sizes, shard.rank) == ((8,), 0)
+
+
 @pytest.mark.usefixtures("second_of_three")
 def test_dtensors_are_what_their_slices_and_a_shard_are():
     """The ranks send nothing here, so that the numbers mean nothing; but they are the same."""
