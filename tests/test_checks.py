@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from npp_kernels._checks import read_switch
+from npp_kernels._checks import read_switch, rows_overlap
 
 
 @pytest.mark.parametrize("word", ["1", "true", "True", "YES", "on", " 1 "])
@@ -25,3 +26,25 @@ def test_switch_of_neither_word(monkeypatch, word):
     monkeypatch.setenv("NPP_KERNELS_CHECK", word)
     with pytest.raises(ValueError, match=f"NPP_KERNELS_CHECK: expected 1, true, yes or on, .* got '{word}'"):
         read_switch("NPP_KERNELS_CHECK")
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "overlap"),
+    [
+        ((3, 4), (4, 1), False),
+        ((3, 4), (1, 3), False),  # transposed
+        ((3, 4), (5, 1), False),  # a slice
+        ((3, 4), (3, 1), True),  # the last of a row is the first of the next
+        ((3, 4), (1, 1), True),
+        ((3, 4), (0, 1), True),  # expanded
+        ((1, 4), (0, 1), False),  # which a single row cannot be
+        ((0, 4), (0, 1), False),
+        ((2, 3, 4), (12, 4, 1), False),
+        ((2, 3, 4), (11, 4, 1), True),
+    ],
+)
+def test_elements_that_share_memory(size, stride, overlap):
+    tensor = torch.empty_strided(size, stride)
+    assert rows_overlap(tensor) is overlap
+    places = [sum(i * step for i, step in zip(index, stride, strict=True)) for index in torch.ones(size).nonzero()]
+    assert (len({int(place) for place in places}) < len(places)) is overlap

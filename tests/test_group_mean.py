@@ -75,6 +75,25 @@ def test_one_id_is_the_embedding_bit_for_bit(device, dtype):
     assert torch.equal(out.view(bits), F.embedding(groups[..., 0], table).view(bits))
 
 
+@pytest.mark.parametrize("ignore_index", [None, 2])
+def test_frequent_ids_in_many_small_chunks(device, monkeypatch, ignore_index):
+    """Segments with none, one and many whole chunks, and more chunks than one program looks at."""
+    monkeypatch.setattr(table_gradient, "FEW_IDS", 0)
+    monkeypatch.setattr(table_gradient, "CHUNK_SIZE", 4)
+    groups = torch.tensor([0] * 29 + [1] * 3 + [2] * 9 + [3] * 8 + [4] + [6] * 14, device=device)
+    groups = groups[torch.randperm(64, device=device)].view(32, 2)
+    table, upstream = torch.zeros(8, 5, device=device), torch.randn(32, 5, device=device)
+    _, grad = run(npp_kernels.group_mean, table, groups, upstream, ignore_index=ignore_index)
+    _, exact = run(reference.group_mean, table.double(), groups, upstream.double(), ignore_index=ignore_index)
+    torch.testing.assert_close(grad.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_tables_with_strides(device):
+    groups = torch.randint(6, (5, 3), device=device)
+    for table in (torch.randn(4, 6, device=device).t(), torch.randn(6, 1, device=device).expand(6, 4)):
+        torch.testing.assert_close(npp_kernels.group_mean(table, groups), table[groups].mean(1))
+
+
 def test_gradcheck():
     table = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     groups = torch.randint(6, (2, 4, 3))

@@ -8,11 +8,11 @@ import torch
 import npp_kernels
 import reference.ops as reference
 from npp_kernels.losses import row_kernels
-from npp_kernels.losses.chunks import find_chunks
+from npp_kernels.losses.chunks import Layer, Plan, _Products, find_chunks
 from tests.budget import assert_within_budget, rounded_scale
 from tests.conftest import INTERPRETED, TORCH_2_8
 from tests.inputs import LOSS_OPTIONS, make_groups
-from tests.test_patch_cross_entropy import DIFFERENTIABLE
+from tests.test_patch_cross_entropy import DIFFERENTIABLE, NoGradient
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # the interpreter truncates bfloat16
 NAMES = ("loss", "grad_hidden", "grad_weight", "grad_bias", "lse", "accuracy", "entropy")
@@ -140,6 +140,17 @@ def test_class_weights_and_token_scaling(device, options):
     check(inputs, groups, upstream.to(device), chunk_rows=10, class_weight=torch.rand(75, device=device), **options)
 
 
+def test_a_loss_that_no_gradient_comes_to_has_none(device):
+    hidden, weight, _ = (None if t is None else t.requires_grad_() for t in make_inputs(6, 8, 20, device, bias=False))
+    for reduction in ("mean", "none"):
+        loss = npp_kernels.linear_patch_cross_entropy(
+            hidden, weight, make_groups(20, 6, 4, device), reduction=reduction
+        )
+        NoGradient.apply(loss).sum().backward()
+    assert hidden.grad is None
+    assert weight.grad is None
+
+
 def test_a_gradient_that_was_handed_out_is_the_callers(device):
     hidden, weight, _ = (None if t is None else t.requires_grad_() for t in make_inputs(6, 8, 20, device, bias=False))
     loss = npp_kernels.linear_patch_cross_entropy(hidden, weight, make_groups(20, 6, 4, device), chunk_rows=4)
@@ -210,7 +221,9 @@ def test_errors():
     call = npp_kernels.linear_patch_cross_entropy
     with pytest.raises(ValueError, match=r"hidden: expected \[..., 8\] for weight \(20, 8\), got \(5, 7\)"):
         call(hidden[:, :7], weight, groups)
-    with pytest.raises(ValueError, match="groups: expected the leading shape of hidden"):
+    with pytest.raises(ValueError, match=r"hidden: expected \[..., 8\] for weight \(20, 8\), got \(\)"):
+        call(torch.tensor(1.0), weight, groups)
+    with pytest.raises(ValueError, match=r"groups: expected the leading shape of hidden, \(5,\), and K, got \(3, 4\)"):
         call(hidden, weight, groups[:3])
     with pytest.raises(TypeError, match=r"weight: expected the dtype of hidden, torch.bfloat16, outside of autocast"):
         call(hidden.bfloat16(), weight, groups)
@@ -242,6 +255,7 @@ def test_double_backward_is_refused(device):
         (5632, 16384, None, 0, [2816, 2816]),  # the gradient is fp32 itself, or nobody wants it
         (4096, 262144, None, 0, [2048, 2048]),  # a wide vocabulary
         (300, 16384, 100, 1536, [100] * 3),  # as the caller says
+        (600, 16384, 200, 1536, [200] * 3),  # no more than that
         (0, 16384, None, 0, []),
     ],
 )
@@ -249,6 +263,22 @@ def test_default_chunks(num_rows, vocab_size, chunk_rows, spare_rows, sizes):
     chunks = list(find_chunks(num_rows, vocab_size, chunk_rows, spare_rows))
     assert [chunk.stop - chunk.start for chunk in chunks] == sizes
     assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(num_rows))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "dtype", "wants_weight", "spare", "num_chunks"),
+    [
+        (4096 + 128, torch.bfloat16, True, True, 1),  # 128 rows of logits are as large as the weight in fp32
+        (4096 + 129, torch.bfloat16, True, True, 2),
+        (4096 + 1, torch.bfloat16, False, True, 2),
+        (4096 + 1, torch.bfloat16, True, False, 2),
+        (4096 + 1, torch.float32, True, True, 2),  # the gradient's own memory is fp32
+    ],
+)
+def test_spare_rows_are_what_a_gradient_in_fp32_would_take(num_rows, dtype, wants_weight, spare, num_chunks):
+    hidden, weight, _ = make_inputs(num_rows, 64, 8, "cpu", dtype, bias=False)
+    products = _Products(Layer(hidden, weight, None), Plan(dtype, None, (True, wants_weight, False)), None, spare=spare)
+    assert len(products.chunks) == num_chunks
 
 
 @pytest.mark.gpu

@@ -1,3 +1,5 @@
+import inspect
+
 import pytest
 import torch
 
@@ -93,3 +95,30 @@ def test_slot_weights_of_python_are_copied_to_a_device_once(device, monkeypatch)
             targets.find_targets(groups, LossOptions(slot_weights=[float(index), 1.0]), like)
     assert found[0] is found[1]
     assert torch.equal(npp_kernels.patch_cross_entropy(logits, groups, slot_weights=(0.25, 0.75)), expected)
+
+
+@pytest.mark.parametrize(
+    ("function", "by_position"),
+    [
+        (npp_kernels.PatchCrossEntropyLoss, ["slot_weights"]),
+        (npp_kernels.PatchCrossEntropyLoss.forward, ["self", "logits", "groups"]),
+        (npp_kernels.LinearPatchCrossEntropyLoss, ["slot_weights"]),
+        (npp_kernels.LinearPatchCrossEntropyLoss.forward, ["self", "hidden", "weight", "groups"]),
+        (npp_kernels.patch_cross_entropy, ["logits", "groups"]),
+        (npp_kernels.linear_patch_cross_entropy, ["hidden", "weight", "groups"]),
+        (npp_kernels.group_mean, ["table", "groups"]),
+        (npp_kernels.order_groups, ["groups", "vocab_size"]),
+    ],
+)
+def test_options_are_given_by_name(function, by_position):
+    parameters = inspect.signature(function).parameters.values()
+    assert [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD] == (
+        by_position
+    )
+    assert not any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters)
+
+
+def test_options_have_the_defaults_of_the_function():
+    function = inspect.signature(npp_kernels.patch_cross_entropy).parameters
+    module = inspect.signature(npp_kernels.PatchCrossEntropyLoss).parameters
+    assert {name: module[name].default for name in module} == {name: function[name].default for name in module}

@@ -96,3 +96,26 @@ def test_errors_name_the_argument():
         group_packed(tokens, tokens, 2, positions=torch.arange(8))
     with pytest.raises(TypeError, match="tokens: expected an integer dtype, got"):
         group_packed(tokens.float(), tokens, 2)
+
+
+@pytest.mark.parametrize("column", [0, 3, 6])
+def test_one_wrong_label_is_enough(column):
+    """The first, and the last whose next token is in the row; what comes behind the row nobody knows."""
+    tokens = torch.arange(1, 9).view(1, 8)
+    labels = tokens + 1
+    labels[0, 7] = 40
+    group_packed(tokens, labels, 2)
+    labels[0, column] = 41
+    with pytest.raises(
+        ValueError, match=rf"labels: expected the token after each token, {column + 2} at \[0, {column}\]"
+    ):
+        group_packed(tokens, labels, 2)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (1, 9), (2, 8)])
+def test_tensors_of_other_shapes_are_refused(shape):
+    tokens = torch.ones(1, 8, dtype=torch.int64)
+    for name in ("labels", "positions"):
+        given = {"labels": tokens, "positions": tokens} | {name: torch.ones(shape, dtype=torch.int64)}
+        with pytest.raises(ValueError, match=rf"{name}: expected \[B, L\] as tokens, \(1, 8\)"):
+            group_packed(tokens, given["labels"], 2, positions=given["positions"])

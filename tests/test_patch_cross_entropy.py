@@ -4,7 +4,12 @@ import torch.nn.functional as F
 
 import npp_kernels
 import reference.ops as reference
-from npp_kernels.losses import gradient_kernels, row_kernels
+from npp_kernels import VocabularyShard
+from npp_kernels._dispatch import runs_kernels
+from npp_kernels.losses import gradient_kernels, row_kernels, torch_path
+from npp_kernels.losses.options import LossOptions
+from npp_kernels.losses.scores import Scores
+from npp_kernels.losses.targets import find_targets
 from tests.budget import assert_within_budget
 from tests.conftest import INTERPRETED
 from tests.inputs import LOSS_OPTIONS, SLOT_WEIGHTS, make_groups, peaky_logits
@@ -72,6 +77,14 @@ def test_shapes(device, num_rows, vocab_size, group_size, ignored):
     check(peaky_logits(num_rows, vocab_size, device=device), groups.int(), reduction="none")
 
 
+@pytest.mark.parametrize("options", [{}, {"normalize": "row"}, {"normalize": "slot"}, {"reduction": "none"}], ids=str)
+def test_an_id_of_the_vocabulary_may_be_ignored(device, options):
+    """A padding id, say, with ids below and above it."""
+    groups = torch.randint(20, (9, 4), device=device)
+    groups[0], groups[1, :2] = 7, 7
+    check(peaky_logits(9, 20, device=device), groups, ignore_index=7, **options)
+
+
 def test_a_vocabulary_of_one_has_no_loss(device):
     logits = torch.randn(3, 1, device=device, requires_grad=True)
     loss = npp_kernels.patch_cross_entropy(logits, torch.zeros(3, 3, dtype=torch.int64, device=device))
@@ -95,6 +108,20 @@ def test_wide_rows(device, options):
     if device.type == "cuda":
         pytest.skip("the blocks are too small for a GPU's threads; test_full_size has wide rows")
     check(peaky_logits(7, 300), make_groups(300, 7, 4, device), **options)
+
+
+@pytest.mark.usefixtures("narrow_blocks")
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}, {"reduction": "none"}], ids=str)
+def test_three_rows_of_three_blocks(device, options):
+    """The same in a fraction of the interpreter's time; the largest logit in the first, the last and the middle."""
+    if device.type == "cuda":
+        pytest.skip("the blocks are too small for a GPU's threads")
+    logits = torch.randn(3, 150)
+    logits[torch.arange(3), torch.tensor([5, 149, 70])] = 6.0
+    groups = torch.tensor([[5, 80], [0, -100], [149, 149]])
+    # For an upstream of 1 the gradient is the forward's, for another one the backward's.
+    upstream = torch.rand(3, 2) if "reduction" in options else torch.tensor(1.7 if options else 1.0)
+    check(logits, groups, [upstream], **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"softcap": 4.0, "label_smoothing": 0.1}], ids=str)
@@ -135,6 +162,24 @@ def test_several_backwards(device):
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace_backward=True: expected one backward, got a second"):
         loss.backward()
+
+
+class NoGradient(torch.autograd.Function):
+    """Twice its argument, whose backward says that there is no gradient."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return 2 * value
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None
+
+
+def test_a_loss_that_no_gradient_comes_to_has_none(device):
+    logits = peaky_logits(6, 20, device=device).requires_grad_()
+    NoGradient.apply(npp_kernels.patch_cross_entropy(logits, make_groups(20, 6, 4, device))).backward()
+    assert logits.grad is None
 
 
 def test_a_gradient_that_was_handed_out_is_the_callers(device):
@@ -292,6 +337,31 @@ def test_in_place_on_a_slice(device):
     (2 * npp_kernels.patch_cross_entropy(view, groups, inplace_backward=True)).backward()
     torch.testing.assert_close(view.grad, leaf.grad)
     assert torch.equal(storage[:, 50:], kept)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_the_gradient_of_a_slice_follows_from_the_scores_of_the_whole(device, label_smoothing):
+    """As each rank of a vocabulary that is shared out computes its own; beside the slice nothing is written."""
+    sizes = (7, 3, 8)
+    logits, groups = peaky_logits(5, sum(sizes), device=device), make_groups(sum(sizes), 5, 4, device)
+    upstream, options = torch.tensor(1.7, device=device), LossOptions(label_smoothing=label_smoothing)
+    leaf = logits.clone().requires_grad_()
+    npp_kernels.patch_cross_entropy(leaf, groups, label_smoothing=label_smoothing).backward(upstream)
+    targets, _ = find_targets(groups, options, logits)
+    scores = Scores.empty(targets, logits.dtype, per_target=False, stats=False)
+    on_kernels = runs_kernels(logits)
+    if on_kernels:
+        row_kernels.launch_loss(logits, None, targets, scores)
+    else:
+        torch_path.torch_loss(logits, targets, scores)
+    for rank, size in enumerate(sizes):
+        shard = VocabularyShard(sizes, rank, "none")
+        mine = targets._replace(shard=shard)
+        around = torch.full((5, 32), 9.0, device=device)
+        fill = gradient_kernels.launch_gradient if on_kernels else torch_path.torch_gradient
+        fill(logits[:, shard.start : shard.stop], around[:, :size], mine, scores, upstream)
+        torch.testing.assert_close(around[:, :size], leaf.grad[:, shard.start : shard.stop])
+        assert (around[:, size:] == 9).all()
 
 
 def test_empty(device):

@@ -32,6 +32,10 @@ def test_boundaries_of_the_official_script(levels, expected):
     assert schedule.total_steps == 300
 
 
+def test_a_run_of_one_step():
+    assert PatchSchedule.coarse_to_fine(1, 1).boundaries == ((1, 1),)
+
+
 def test_other_rate():
     assert PatchSchedule.coarse_to_fine(3, 1000, rate=0.3).boundaries == ((4, 90), (2, 300), (1, 1000))
 

@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import npp_kernels
+from npp_kernels._autograd import as_rows
 from tests.conftest import TORCH_2_8
 
 GROUPS = torch.tensor([[0, 1], [2, 2], [3, 4]])
@@ -86,3 +87,10 @@ def test_compiled_transform_on_the_cpu(name):
     gradient = torch.compile(torch.func.grad(lambda y: function(y).sum()), backend="aot_eager", fullgraph=True)(x)
     x.requires_grad_()
     torch.testing.assert_close(gradient, torch.autograd.grad(function(x).sum(), x)[0])
+
+
+def test_rows_of_two_axes_are_the_tensor_itself():
+    """A view costs time, and where there is a gradient a step of the backward."""
+    tensor = torch.zeros(3, 4)
+    assert as_rows(tensor) is tensor
+    assert [as_rows(torch.zeros(shape)).shape for shape in ((4,), (2, 3, 4))] == [(1, 4), (6, 4)]
