@@ -99,7 +99,8 @@ TESTS = {
     "integrations.torchtitan": ["tests/test_torchtitan.py"],
 }  # fmt: skip
 LAUNCHERS = {  # modules of kernels, and of what launches them
-    *("embeddings.mean_kernels", "embeddings.segments", "losses.row_kernels", "losses.gradient_kernels"),
+    *("embeddings.mean_kernels", "embeddings.table_gradient", "embeddings.segments"),
+    *("losses.row_kernels", "losses.wide_rows", "losses.row_layout", "losses.gradient_kernels"),
     *("losses.exponentials", "losses.exponential_rows", "losses.shard_kernels"),
 }
 PROJECT = ("npp_kernels", "tests", "reference", "bench", "examples", "conftest", "run")
