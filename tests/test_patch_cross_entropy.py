@@ -357,11 +357,15 @@ def test_the_gradient_of_a_slice_follows_from_the_scores_of_the_whole(device, la
     for rank, size in enumerate(sizes):
         shard = VocabularyShard(sizes, rank, "none")
         mine = targets._replace(shard=shard)
-        around = torch.full((5, 32), 9.0, device=device)
-        fill = gradient_kernels.launch_gradient if on_kernels else torch_path.torch_gradient
-        fill(logits[:, shard.start : shard.stop], around[:, :size], mine, scores, upstream)
-        torch.testing.assert_close(around[:, :size], leaf.grad[:, shard.start : shard.stop])
-        assert (around[:, size:] == 9).all()
+        # Rows of 50 start as many elements behind 16 bytes as those of the logits, and are ragged; rows of 51 are not.
+        for row_size in (50, 51):
+            around = torch.full((7, row_size), 9.0, device=device)
+            grad = around[1:-1, 16 : 16 + size]
+            fill = gradient_kernels.launch_gradient if on_kernels else torch_path.torch_gradient
+            fill(logits[:, shard.start : shard.stop], grad, mine, scores, upstream)
+            torch.testing.assert_close(grad, leaf.grad[:, shard.start : shard.stop])
+            grad.fill_(9)
+            assert (around == 9).all()
 
 
 def test_empty(device):

@@ -145,7 +145,7 @@ def _gradient_kernel(
         columns = targets
         if first_id is not None:
             columns -= first_id
-            in_range = in_range & (columns < vocab_size)
+            in_range = in_range & (columns >= 0) & (columns < vocab_size)
         places = columns
         if RAGGED:
             places = tl.where((columns >= head) & (columns < head + tile_size), columns - head, 0)
