@@ -26,13 +26,14 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent
 # The job's environment, what is installed there, and the versions of that. The checks need what the tests need: types
 # come from packages.
+TESTS = (".venv-test", ".[test,check,build,integrations]", "constraints.txt")
 ENVIRONMENTS = {
     "bench": (".venv-bench", ".[bench]", "constraints.txt"),
-    "test": (".venv-test", ".[test,check,build,integrations]", "constraints.txt"),
-    "check": (".venv-test", ".[test,check,build,integrations]", "constraints.txt"),
-    "coverage": (".venv-test", ".[test,check,build,integrations]", "constraints.txt"),
+    "test": TESTS,
+    "check": TESTS,
+    "coverage": TESTS,
     "oldest": (".venv-oldest", ".[test]", "constraints-oldest.txt"),
-    "build": (".venv-test", ".[test,check,build,integrations]", "constraints.txt"),
+    "build": TESTS,
     # The site is made from sources that are read and not imported: neither the package nor torch is installed.
     "docs": (".venv-docs", "docs", "constraints.txt"),
 }

@@ -268,9 +268,10 @@ def launch_loss(
     itemsize = logits.element_size()
     max_bytes = _max_bytes(vocab_size * itemsize, targets, scores)
     in_registers, row_options = _row_options(vocab_size, itemsize, max_bytes, is_ragged(logits, grad))
-    first_wave = num_multiprocessors(logits)
-    if not in_registers and grad is not None and STAGGERED_BYTES is not None and num_rows >= 2 * first_wave:
-        if vocab_size * itemsize >= STAGGERED_BYTES:
+    staggers = STAGGERED_BYTES is not None and vocab_size * itemsize >= STAGGERED_BYTES
+    if staggers and not in_registers and grad is not None:
+        first_wave = num_multiprocessors(logits)
+        if num_rows >= 2 * first_wave:
             started = torch.zeros(1, dtype=torch.int32, device=logits.device)
             row_options |= {"started_ptr": started, "first_wave": first_wave}
             counted_just_now = False  # another kernel was launched since
