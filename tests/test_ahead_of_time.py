@@ -199,7 +199,7 @@ def digit_scatter_arguments(index):
 
 def segment_starts_arguments():
     return {
-        "keys_ptr": "*i32", "starts_ptr": "*i32", "num_ids": "i32", "vocab_size": "i32", "STEPS": 17,
+        "keys_ptr": "*i32", "starts_ptr": "*i32", "num_ids": "i32", "vocab_size": "i32",
         "BLOCK": segments.STARTS_BLOCK, "OVERLAP": False,
     }  # fmt: skip
 

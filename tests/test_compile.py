@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.utils.checkpoint import checkpoint
 
 import npp_kernels
+from npp_kernels.embeddings import group_mean, mean_kernels, patch_mean, segments, table_gradient
 
 OPTIONS = [
     {},
@@ -113,6 +115,26 @@ def test_shapes_that_change_on_the_cpu(dynamic, reduction):
             gradients(compiled, table, head, groups), gradients(losses, table, head, groups), strict=True
         ):
             torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("numbers", [(2, 3, 8, 5, 7, 11, 13, 17, 19, 23), (200, 300, 250, 500, 1000, 2000)])
+def test_what_launches_kernels_takes_no_size_as_a_constant(numbers, monkeypatch):
+    """Where it does, code is compiled for each number of groups, and PyTorch 2.11 cannot trace it a second time."""
+    for module in (mean_kernels, table_gradient, segments, patch_mean):  # no kernel runs: what is traced is around them
+        monkeypatch.setattr(module, "launch", lambda *_, **__: None)
+    for module in (group_mean, patch_mean):
+        monkeypatch.setattr(module, "runs_kernels", lambda _: True)
+
+    def means(table, groups):
+        return npp_kernels.patch_mean(npp_kernels.group_mean(table, groups, ignore_index=3)[None], (2,)).sum()
+
+    torch._dynamo.reset()
+    compiled_frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(means, fullgraph=True, backend=compiled_frames)
+    table = torch.randn(64, 16, requires_grad=True)
+    for number in numbers:
+        compiled(table, torch.zeros(2 * number, 4, dtype=torch.int64)).backward()
+    assert compiled_frames.frame_count <= 3
 
 
 @pytest.mark.gpu

@@ -76,7 +76,7 @@ def test_group_sizes(device, group_size):
 
 
 @pytest.mark.parametrize("vocab_size", [599, 584, 513])
-def test_pads_behind_the_rows_of_odd_vocabularies_are_neither_read_nor_written(device, vocab_size, monkeypatch):
+def test_pads_behind_the_rows_of_odd_vocabularies_are_not_read(device, vocab_size, monkeypatch):
     made = []
 
     def poisoned(*arguments):
@@ -93,7 +93,10 @@ def test_pads_behind_the_rows_of_odd_vocabularies_are_neither_read_nor_written(d
     check(hidden, weight, groups)
     (rows,) = made
     assert rows[:, :vocab_size].isfinite().all()
-    assert rows[:, vocab_size:].isnan().all()
+    # The tensor memory accelerator stores 16 bytes or nothing, so that up to seven of the pad may be exponentials of 0.
+    last = -(-vocab_size // 8) * 8
+    assert (rows[:, vocab_size:last].isnan() | (rows[:, vocab_size:last] == 0)).all()
+    assert rows[:, last:].isnan().all()
 
 
 @pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, VOCAB_SIZE - 1])

@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -147,8 +148,10 @@ def test_on_a_gpu_a_step_is_a_graph_and_trains_what_it_trains_without(tmp_path, 
     monkeypatch.setattr(language, "load_corpus", lambda *_: small_corpus())
     config = replace(TINY, length=64, batch_size=8, seconds=0.5, held_out_examples=5)
     language.compare(config, [0], tmp_path, torch.device("cuda"))
+    # Hundreds of steps on 2,000 tokens: known by heart in the end, but better than guessing one of seven.
+    guessing = math.log(7) / small_corpus().token_bytes.mean()
     for run in Journal(tmp_path / "language.jsonl").entries[1:]:
-        assert run["curve"]["nats"][-1] < run["curve"]["nats"][0]
+        assert run["curve"]["nats"][-1] < guessing
         assert sum(run["steps"]) > 20
         assert run["setup_seconds"] > 0
     found = []

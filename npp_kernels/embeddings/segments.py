@@ -220,7 +220,6 @@ def _segment_starts_kernel(
     starts_ptr,  # [vocab_size + 1] out
     num_ids,
     vocab_size,
-    STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -232,7 +231,9 @@ def _segment_starts_kernel(
     mask = ids <= vocab_size
     low = tl.zeros([BLOCK], tl.int32)
     high = tl.zeros([BLOCK], tl.int32) + num_ids
-    for _ in range(STEPS):
+    # Not a fixed parameter: code compiled for any number of ids would then be compiled for each of its powers of two.
+    steps = tl.log2(tl.full([], num_ids + 1, tl.float32)).to(tl.int32) + 2
+    for _ in range(steps):
         searching = low < high
         middle = (low + high) // 2
         below = tl.load(keys_ptr + middle, mask=mask & searching, other=0) < ids
@@ -315,7 +316,6 @@ def find_segments(ids: Tensor, vocab_size: int, ignore_index: int | None) -> Seg
         starts,
         num_ids,
         vocab_size,
-        STEPS=num_ids.bit_length() + 1,
         BLOCK=STARTS_BLOCK,
         early=True,
     )

@@ -24,8 +24,9 @@ PADDED_ALIGNMENT = 64
 def empty_rows(num_rows: int, vocab_size: int, like: Tensor) -> Tensor:
     """Return room for logits ``[num_rows, vocab_size]``, in the dtype and on the device of ``like``.
 
-    Where the vocabulary is no multiple of `ALIGNMENT`, there is a pad behind every row, which is never written nor
-    read: products take a distance between rows, and copy nothing.
+    Where the vocabulary is no multiple of `ALIGNMENT`, there is a pad behind every row, which is never read: products
+    take a distance between rows, and copy nothing. Nor is it written, but for what the tensor memory accelerator fills
+    of the 16 bytes that a row ends in.
     """
     stride = vocab_size
     if vocab_size % ALIGNMENT:
