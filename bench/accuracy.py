@@ -3,7 +3,8 @@
     python -m bench accuracy --device cpu            # or cuda, or interpret: the kernels in Triton's interpreter
     python -m bench accuracy --results FILE.json     # the page's tables once more, from results made before
 
-Results go to ``bench/results/accuracy-NAME.json`` and, as tables, between the markers of ``docs/accuracy.md``.
+Results go to ``bench/results/accuracy-NAME.json`` and, as tables, between the markers of ``docs/accuracy.md``. Until
+all are there they are in a file beside it, ``.partial``, from which the same command goes on where one was cut off.
 """
 
 from __future__ import annotations
@@ -257,6 +258,17 @@ def measure(case: Case, device: torch.device) -> list[Record]:
     ]
 
 
+def records_of_before(partial: Path, about: dict[str, Any]) -> list[Record]:
+    """Return what a run that was cut off has measured under the same conditions."""
+    if not partial.exists():
+        return []
+    before, records = read_records(partial)
+    differing = {name: value for name, value in before.items() if name != "date" and value != about[name]}
+    if differing:
+        raise ValueError(f"{partial}: expected results of this machine, got those of {differing}: remove the file")
+    return records
+
+
 def main(arguments: list[str]) -> int:
     """Do what the command line asks for; return the exit status."""
     parser = argparse.ArgumentParser(
@@ -288,9 +300,14 @@ def main(arguments: list[str]) -> int:
         "threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability(),
     }  # fmt: skip
     cases = [case for case in cases_of(kind, quick=options.quick) if options.only in case.operation]
-    progress = tqdm(cases, desc=f"accuracy on {name}", unit="case")
-    records = [record for case in progress for record in measure(case, device)]
-    write_records(out, about, records)
+    partial = out.with_name(f"{out.name}.partial")
+    records = records_of_before(partial, about)
+    found = {record.case for record in records}
+    for case in tqdm(cases, desc=f"accuracy on {name}", unit="case"):
+        if case not in found:
+            records += measure(case, device)
+            write_records(partial, about, records)
+    partial.replace(out)
     fill_page(options.page, *read_records(out))
     print(f"{out}\n{options.page}")
     return 0

@@ -12,6 +12,8 @@ import torch
 from tqdm import tqdm
 
 from bench.cases.contenders import absent_packages
+from bench.cases.shapes import Workload
+from bench.reporting.records import measured_already
 from bench.timing.session import Session, resolve_device
 
 SESSION = pytest.StashKey[Session]()
@@ -27,7 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         default=Path("runs") / f"bench-{datetime.now():%Y%m%d-%H%M%S}.jsonl",
         metavar="FILE.jsonl",
-        help="every result is written here as soon as it is made; default: runs/bench-DATE.jsonl",
+        help="every result is written here as soon as it is made; a file of a run that was cut off is gone on with; "
+        "default: runs/bench-DATE.jsonl",
     )
     group.addoption("--progress", action="store_true", help="show a progress bar instead of pytest's marks")
 
@@ -38,6 +41,28 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--device=cuda: expected a CUDA device, found none")
     if config.getoption("--progress"):
         config.pluginmanager.register(ProgressBar(), "npp-kernels-progress")
+
+
+@pytest.hookimpl(trylast=True)  # after pytest's own -k and --deselect
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the workloads of which the journal has everything; the contenders of one are measured together."""
+    found = measured_already(config.getoption("--journal"))
+    left: dict[Workload, set[tuple[str, str, str]]] = {}
+    cases: dict[pytest.Item, dict[str, Any]] = {
+        item: item.callspec.params for item in items if isinstance(item, pytest.Function) and _is_case(item)
+    }
+    for case in cases.values():
+        workload: Workload = case["workload"]
+        entry = (workload.name, case["direction"], case["contender"])
+        left.setdefault(workload, set()).update({entry} - found)
+    done = [item for item, case in cases.items() if not left[case["workload"]]]
+    if done:
+        config.hook.pytest_deselected(items=done)
+        items[:] = [item for item in items if item not in done]
+
+
+def _is_case(item: pytest.Function) -> bool:
+    return hasattr(item, "callspec") and "workload" in item.callspec.params
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ import argparse
 import gc
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -39,6 +40,8 @@ CONTENDERS = ("official", "patched")
 SIZES = {"B": (12, 12, 768), "L": (24, 16, 1024), "tiny": (2, 2, 64)}  # layers, heads, width
 SETTLING_STEPS = 10
 MIN_STEPS = 20
+# Of a process that compiles ahead: by itself each would start a process of the compiler's for every core.
+ALONE = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
 def make_model(options: argparse.Namespace, device: torch.device) -> Any:
@@ -221,7 +224,10 @@ def compile_ahead(options: argparse.Namespace, parts: Sequence[tuple[str, int, s
         words = ["--official", str(options.official), "--images", str(options.images), "--size", options.size]
         command = [sys.executable, "-m", "bench.trainer_step", *words, "--warm", "--only", ":".join(map(str, part))]
         with suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, timeout=limit, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+            subprocess.run(
+                command, timeout=limit, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
+                env=os.environ | ALONE,
+            )  # fmt: skip
 
     with ThreadPoolExecutor(options.compile_ahead) as pool:
         list(pool.map(run, parts))
@@ -269,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     patches, modes = [int(patch) for patch in options.patches.split(",")], options.modes.split(",")
     parts = [(contender, patch, mode) for mode in modes for patch in patches for contender in CONTENDERS]
     if options.compile_ahead:
-        compile_ahead(options, parts, limit=options.time_limit / 4)
+        compile_ahead(options, parts, limit=options.time_limit / 2)
         print(f"{time.monotonic() - started:5.0f} s  compiled ahead", flush=True)
     cells: list[dict[str, Any]] = []
     on_gpu = torch.cuda.is_available()

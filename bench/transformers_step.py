@@ -1,6 +1,6 @@
 """Milliseconds of a training step of a Llama of about 100M parameters from transformers, before and after.
 
-    python -m bench.transformers_step --output results.json     # a GPU, under a minute; --small for a look on a CPU
+    python -m bench.transformers_step --output results.json     # a GPU; --small for a look on a CPU
 
 Forward under autocast, backward, clipping, fused AdamW; 16 sequences of 1,024 tokens, as the model's own loss takes
 them, and patched. Forms of one mode take turns, so that clock and heat are shared.
@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import torch
 import npp_kernels
 from npp_kernels.integrations.transformers import apply
 
-WARM_UP, ROUNDS = 15, 20
+WARM_UP, ROUNDS = 10, 15
 MODES = ["eager", "layers compiled", "StepGraph", "layers compiled, StepGraph"]
 
 
@@ -119,6 +120,13 @@ def measure(mode: str, small: bool, device: str) -> list[dict[str, Any]]:
     ]
 
 
+def _line(record: Mapping[str, Any]) -> str:
+    if "error" in record:
+        return f"{record['mode']:26} failed: {record['error']}"
+    memory = "" if record["peak_gib"] is None else f"{record['peak_gib']:7.2f} GiB"
+    return f"{record['mode']:26} {record['form']:18} {record['ms']:8.2f} ms{memory}"
+
+
 def main() -> int:
     """Measure each mode that there is, print a line for each form, and write the records."""
     import transformers
@@ -133,26 +141,26 @@ def main() -> int:
         parser.error("expected a GPU; --small runs a tiny model on the CPU")
     modes = options.modes or MODES
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    records = []
+    conditions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "parameters": sum(p.numel() for p in make_model(options.small, "cpu").parameters()),
+    }
+    records: list[dict[str, Any]] = []
+    started = time.perf_counter()
     for mode in modes:
         torch.compiler.reset()  # the layers of a form must not fall back for what those before compiled
         try:
             measured = measure(mode, options.small, device)
         except Exception as error:  # written down, and the other modes go on
-            records.append({"device": name, "mode": mode, "error": repr(error)})
-            print(f"{mode:26} failed: {error!r}", flush=True)
-            continue
+            measured = [{"mode": mode, "error": repr(error)}]
         for record in measured:
             records.append({"device": name, **record})
-            memory = "" if record["peak_gib"] is None else f"{record['peak_gib']:7.2f} GiB"
-            print(f"{mode:26} {record['form']:18} {record['ms']:8.2f} ms{memory}", flush=True)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    text = json.dumps({**versions, "parameters": sum(p.numel() for p in make_model(options.small, "cpu").parameters()),
-                       "records": records}, indent=1)  # fmt: skip
-    if options.output:
-        with open(options.output, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-    else:
+            print(f"{time.perf_counter() - started:5.0f} s  {_line(record)}", flush=True)
+        text = json.dumps(conditions | {"records": records}, indent=1)
+        if options.output:
+            Path(options.output).write_text(text + "\n", encoding="utf-8")
+    if not options.output:
         print(text)
     return 1 if any("error" in record for record in records) else 0
 

@@ -116,6 +116,36 @@ def test_the_command_writes_results_and_tables(tmp_path):
     assert page.read_text(encoding="utf-8") == text
 
 
+@pytest.mark.skipif(INTERPRETED, reason="starts with the PyTorch path")
+def test_a_command_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    page, out = tmp_path / "page.md", tmp_path / "results.json"
+    page.write_text("<!-- results:cpu -->\n<!-- /results:cpu -->\n", encoding="utf-8")
+    cases, measured = cases_of("cpu", quick=True), []
+
+    def killed_at_the_third(case, device):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(case)
+        return measure(case, device)
+
+    monkeypatch.setattr(bench.accuracy, "measure", killed_at_the_third)
+    arguments = ["--quick", "--out", str(out), "--page", str(page)]
+    with pytest.raises(KeyboardInterrupt):
+        bench.accuracy.main(arguments)
+    assert not out.exists()
+    monkeypatch.setattr(bench.accuracy, "measure", lambda case, device: measured.append(case) or measure(case, device))
+    assert bench.accuracy.main(arguments) == 0
+    assert measured == list(cases)
+    assert {record.case for record in read_records(out)[1]} == set(cases)
+    assert [path.name for path in tmp_path.glob("results*")] == ["results.json"]
+
+    partial = tmp_path / "results.json.partial"
+    about, records = read_records(out)
+    write_records(partial, about | {"device": "another"}, records)
+    with pytest.raises(ValueError, match=r"partial: expected results of this machine, got .*'device': 'another'"):
+        bench.accuracy.main(arguments)
+
+
 def test_peers_take_part_on_a_gpu_and_may_fail(monkeypatch, capsys):
     """The peers' way through, walked by a contender of PyTorch's in their place."""
     honest = {name: replace(BY_NAME[LOSS, "honest_eager"], name=name) for name in ("liger", "quack")}

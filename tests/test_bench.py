@@ -2,6 +2,8 @@
 
 import doctest
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -15,11 +17,12 @@ from bench.cases.oracle import RejectedError, check_result, errors, expected
 from bench.cases.shapes import OPERATIONS, Workload, selection
 from bench.reporting import readme
 from bench.reporting.goals import goals, goals_table
-from bench.reporting.records import Journal, Record, Refusal, Results, read_results
+from bench.reporting.records import Journal, Record, Refusal, Results, measured_already, read_results
 from bench.reporting.report import write_report
 from bench.timing.clocks import CpuClock, turns
 from bench.timing.limits import Limits, demands
 from bench.timing.measure import Measurement
+from tests.processes import ROOT, environment
 
 CPU = torch.device("cpu")
 LIMITS = Limits(copy_bytes_per_second=1e9, l2_bytes_per_second=4e9, matmul_flops_per_second=1e12)
@@ -426,6 +429,50 @@ def test_readme_sections_are_filled_and_stay_as_they_are_the_second_time():
 def test_readme_markers_that_are_wrong_are_named(page, message):
     with pytest.raises(ValueError, match=message):
         readme.fill_sections(page, some_results(), some_steps())
+
+
+def test_a_journal_is_gone_on_with(tmp_path):
+    results, path = some_results(), tmp_path / "journal.jsonl"
+    header = {"machine": results.machine, "commit": results.commit, "date": results.date, "absent": results.absent}
+    assert measured_already(path) == set()
+    first = Journal(path, header)
+    first.add(results.records[0])
+    with path.open("a") as file:
+        file.write('{"record": {"operation": "gr')  # killed while it wrote
+    faster = replace(results.records[0], median=1e-9)
+    second = Journal(path, header | {"date": "2026-12-24", "machine": results.machine | {"limits": None}})
+    for entry in (faster, results.records[1], *results.refusals):
+        second.add(entry)
+    assert {key[1:] for key in measured_already(path)} >= {(r.direction, r.contender) for r in results.records[:2]}
+    found = read_results(path)
+    assert found.records == (faster, results.records[1])
+    assert found.refusals == results.refusals
+    assert found.date == results.date
+    with pytest.raises(ValueError, match=r"journal.jsonl: expected a journal of this machine .*'other'.*, got one of"):
+        Journal(path, header | {"machine": results.machine | {"device": "other"}})
+
+
+def test_a_run_that_was_cut_off_measures_what_is_left(tmp_path, monkeypatch):
+    """In a process of its own, on the smallest workload of the CPU's; contenders of one workload stay together."""
+    command = [
+        sys.executable, "-m", "pytest", "bench", "--benchmark-only", "--device=cpu", "-q", "-p", "no:cacheprovider",
+        "-k", "patch_mean and patch4 and forward and not backward", f"--journal={tmp_path / 'j.jsonl'}",
+    ]  # fmt: skip
+    whole = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
+    assert "deselected" in whole.stdout
+    lines = (tmp_path / "j.jsonl").read_text().splitlines()
+    assert len(lines) > 2
+    (tmp_path / "j.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # the last contender is missing
+    subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
+    again = (tmp_path / "j.jsonl").read_text().splitlines()
+    assert again[: len(lines) - 1] == lines[:-1]
+    assert "continued" in json.loads(again[len(lines) - 1])
+    assert {json.loads(line)["record"]["contender"] for line in again[len(lines) :]} >= {
+        json.loads(lines[-1])["record"]["contender"]
+    }
+    third = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert third.returncode == 5  # pytest: no tests are left
+    assert (tmp_path / "j.jsonl").read_text().splitlines() == again
 
 
 def test_a_journal_reads_as_the_json_does(tmp_path):

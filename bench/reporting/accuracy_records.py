@@ -52,4 +52,6 @@ def write_records(path: Path, about: dict[str, Any], records: Sequence[Record]) 
         by_case.setdefault(record.case, []).append(_written(record))
     lines = [json.dumps({"case": asdict(case), "results": results}) for case, results in by_case.items()]
     text = ",\n".join(lines)
-    path.write_text(f'{{"about": {json.dumps(about)}, "cases": [\n{text}\n]}}\n', encoding="utf-8")
+    new = path.with_name(f"{path.name}.new")  # in whose place the old file stays until all is written
+    new.write_text(f'{{"about": {json.dumps(about)}, "cases": [\n{text}\n]}}\n', encoding="utf-8")
+    new.replace(path)

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from bench.cases.shapes import Workload
+
 WORKLOAD_FIELDS = (
     "operation",
     "model",
@@ -88,18 +90,69 @@ class Results:
 
 
 class Journal:
-    """A file with one JSON object a line, written as the run goes."""
+    """A file with one JSON object a line, written as the run goes; one that is there already is gone on with.
+
+    Args:
+        path: the file.
+        header: what the results depend on, and the date.
+
+    Raises:
+        ValueError: the file is there, and was made on another machine, with other versions or of another commit.
+    """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"header": header}) + "\n", encoding="utf-8")
+        lines = _lines(path)
+        if lines:
+            made, here = _conditions(lines[0]["header"]), _conditions(header)
+            differing = [name for name in made if made[name] != here.get(name)]
+            if differing:
+                was, now = ({name: these.get(name) for name in differing} for these in (made, here))
+                raise ValueError(f"{path}: expected a journal of this machine and commit, {now}, got one of {was}")
+            lines.append({"continued": header["date"]})
+        else:
+            lines = [{"header": header}]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def add(self, entry: Record | Refusal) -> None:
         """Append a record or a refusal."""
         kind = "record" if isinstance(entry, Record) else "refusal"
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({kind: asdict(entry)}) + "\n")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a journal, without a last one that was cut off; none where there is no file."""
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _conditions(header: dict[str, Any]) -> dict[str, Any]:
+    """Return what two parts of a journal must have in common: all but what is measured, and the date."""
+    machine = {name: value for name, value in header["machine"].items() if name != "limits"}
+    return machine | {"commit": header["commit"].get("id"), "absent": sorted(header["absent"])}
+
+
+def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what tells an entry from all others: of a refusal the workload's name, of a record its fields."""
+    names = ("workload",) if "workload" in entry else WORKLOAD_FIELDS
+    return tuple(entry[name] for name in (*names, "direction", "contender"))
+
+
+def measured_already(path: Path) -> set[tuple[str, str, str]]:
+    """Return what a journal has: the workload's name, direction and contender of each entry; nothing without a file."""
+    found = set()
+    for line in _lines(path):
+        if "record" in line:
+            record = line["record"]
+            workload = Workload(**{name: record[name] for name in WORKLOAD_FIELDS}).name
+            found.add((workload, record["direction"], record["contender"]))
+        elif "refusal" in line:
+            found.add(_key(line["refusal"]))
+    return found
 
 
 def _record(values: dict[str, Any]) -> Record:
@@ -109,10 +162,11 @@ def _record(values: dict[str, Any]) -> Record:
 def read_results(path: Path) -> Results:
     """Read the JSON of pytest-benchmark, or a journal (``.jsonl``)."""
     if path.suffix == ".jsonl":
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = _lines(path)
         header = lines[0]["header"]
-        records = [line["record"] for line in lines if "record" in line]
-        refusals = [line["refusal"] for line in lines if "refusal" in line]
+        # A workload that a run was cut off in is measured anew as a whole: the last entry counts.
+        records = list({_key(line["record"]): line["record"] for line in lines if "record" in line}.values())
+        refusals = list({_key(line["refusal"]): line["refusal"] for line in lines if "refusal" in line}.values())
     else:
         content = json.loads(path.read_text(encoding="utf-8"))
         header = {
