@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-import spmd_types as spmd
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -135,16 +134,13 @@ class LinearPatchLoss(ChunkedLossWrapper):
             )
             return cast(Tensor, loss)
 
-        with spmd.no_typecheck():
-            if isinstance(head, FSDPModule):
-                # As ChunkedLossWrapper does: what the hook gathers leaves an event behind, for which no graph can wait.
-                head.unshard()
-            with _as_forward(head, loss_of):
-                loss = head(pred)
-            if isinstance(head, FSDPModule) and not loss.requires_grad:
-                head.reshard()  # no backward will
-        if spmd.is_type_checking():
-            spmd.assert_type(loss, {"dp": spmd.P, "cp": spmd.P, "tp": spmd.I})
+        if isinstance(head, FSDPModule):
+            # As ChunkedLossWrapper does: what the hook gathers leaves an event behind, for which no graph can wait.
+            head.unshard()
+        with _as_forward(head, loss_of):
+            loss = head(pred)
+        if isinstance(head, FSDPModule) and not loss.requires_grad:
+            head.reshard()  # as no backward will
         return loss, {}
 
 
@@ -182,9 +178,11 @@ def _only_shards(function: Any) -> bool:
 def _whole_weight(head: Any) -> tuple[Tensor, Tensor | None]:
     """Return the weight and bias of an output layer, as FSDP's hooks have gathered them."""
     weight: Tensor = head.weight
-    if isinstance(weight, DTensor) or len(weight) != head.out_features:
-        raise ValueError(
-            f"tensor_parallel_degree: expected 1 for LinearPatchLoss, got a {type(weight).__name__} of "
-            f"{tuple(weight.shape)} for the {head.out_features} rows of lm_head.weight"
-        )
+    found = None
+    if isinstance(weight, DTensor):
+        found = f"a DTensor placed {weight.placements}"
+    elif len(weight) != head.out_features:
+        found = f"{len(weight)} of its {head.out_features} rows"
+    if found is not None:
+        raise ValueError(f"tensor_parallel_degree: expected 1, and so the whole lm_head.weight, got {found}")
     return weight, head.bias

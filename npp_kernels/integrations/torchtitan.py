@@ -139,7 +139,8 @@ def with_patches(config: Trainer.Config, schedule: PatchSchedule) -> PatchTraine
     Parameters keep their names, so that checkpoints go back and forth between both configs.
 
     Args:
-        config: a recipe of `torchtitan.trainer.Trainer`; it is not changed.
+        config: a recipe of `torchtitan.trainer.Trainer`; it is not changed. A ``loss`` that is a `LinearPatchLoss`
+            stays.
         schedule: the stages, of ``config.training.steps`` steps together.
 
     Raises:
@@ -208,6 +209,10 @@ def check_config(config: PatchTrainer.Config) -> None:
             raise ValueError(f"parallelism.{name}: expected 1 for a run on patches, got {degree}")
     if config.parallelism.spmd_backend == "full_dtensor":
         raise ValueError("parallelism.spmd_backend: expected spmd_types or partial_dtensor, got full_dtensor")
+    if config.debug.spmd_typechecking:
+        raise ValueError(
+            "debug.spmd_typechecking: expected False, since our operations declare no SPMD types, got True"
+        )
 
 
 def group_batch(inputs: dict[str, Tensor], labels: Tensor, patch: int) -> tuple[dict[str, Tensor], Tensor]:
