@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map
 
 from npp_kernels._recorder import Recorder, cloned, with_index
+from npp_kernels.vocabulary_shard import is_dtensor
 
 WARMUP_STEPS = 3  # these compile and allocate; the last one is also searched for what a graph refuses
 DDP_WARMUP_STEPS = 11  # DistributedDataParallel measures its first ten steps; a graph must not contain that
@@ -102,6 +104,8 @@ class StepGraph:
       ``with torch.cuda.stream(train.stream): model = DistributedDataParallel(model)``.
     - *Other collectives*: captured with the step, what NCCL does on its own stream included, if the step waits for all.
       ``release()`` the graphs before ``destroy_process_group``, which would wait for them.
+    - *FSDP2* (``fully_shard``), and whatever else makes a `DTensor` of a parameter: refused on a GPU before the first
+      update, since no graph of it was tried. ``enabled=False`` runs such a step as it is.
     - ``torch.compile`` in its default mode goes well inside; ``mode="reduce-overhead"`` makes graphs of its own.
 
     Args:
@@ -214,15 +218,9 @@ class StepGraph:
     def _device_of(self, tensors: Sequence[Tensor]) -> torch.device | None:
         if self.device is not None:
             return self.device
-        for tensor in tensors:
-            if tensor.is_cuda:
-                return tensor.device
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    device: torch.device = parameter.device
-                    return device
-        return None
+        parameters = (p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"])
+        first = next(chain((tensor for tensor in tensors if tensor.is_cuda), parameters), None)
+        return None if first is None else first.device
 
     def _captures_on(self, device: torch.device | None) -> bool:
         return device is not None and device.type == "cuda"
@@ -361,6 +359,11 @@ class StepGraph:
             name = type(optimizer).__name__
             for number, group in enumerate(optimizer.param_groups):
                 where = f"group {number} of {name}"
+                if any(is_dtensor(parameter) for parameter in group["params"]):
+                    raise ValueError(
+                        f"optimizers: expected parameters that are plain tensors, got a DTensor in {where}: graphs of "
+                        "steps with FSDP2 (fully_shard) are not supported. enabled=False runs the step as it is"
+                    )
                 if group.get("capturable") is False:
                     raise ValueError(f"optimizers: expected capturable=True, got capturable=False in {where}")
                 lr = group.get("lr")

@@ -97,6 +97,7 @@ TESTS = {
     "integrations.lightning": ["tests/test_lightning.py"],
     "integrations.llamagen": ["tests/test_llamagen.py"],
     "integrations.torchtitan": ["tests/test_torchtitan.py"],
+    "integrations._torchtitan_losses": ["tests/test_torchtitan.py"],
 }  # fmt: skip
 LAUNCHERS = {  # modules of kernels, and of what launches them
     *("embeddings.mean_kernels", "embeddings.table_gradient", "embeddings.segments"),

@@ -85,10 +85,10 @@ def trained(device, **options):
         part: {name: whole(tensor) for name, tensor in tensors.items()} if isinstance(tensors, dict) else tensors
         for part, tensors in step.state().items()
     }
-    captured = len(step._run.captured)
+    graphs = {"captured": len(step._run.captured), "asks for graphs": step._run.enabled}
     step.close()
     results = {"losses": losses, "norms": norms, "gradients": gradients, "state": state, "weights": weights}
-    return {**results, "captured": captured}
+    return {**results, **graphs}
 
 
 def whole(tensor):

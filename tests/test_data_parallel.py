@@ -96,6 +96,13 @@ def test_four_processes_train_like_one(four, one, way):
     assert_close(four[way][0], one["sharded"], gradients=1e-5, losses=1e-5)
 
 
+def test_one_process_of_fsdp_trains_like_one_without_and_asks_for_no_graph(one, tmp_path):
+    (alone,) = results_of(tmp_path, 1, ["fsdp"])["fsdp"]
+    assert_close(alone, one["sharded"], gradients=1e-5, losses=1e-5)
+    assert not alone["asks for graphs"]
+    assert one["sharded"]["asks for graphs"]
+
+
 def test_gradients_in_16_bits_follow_those_in_32(two, one):
     for way in ("bf16 sharded", "bf16 fp32 gradients", "bf16 sharded parts", "bf16 replicated"):
         assert two[way][0]["losses"] == pytest.approx(one["bf16 sharded"]["losses"], rel=1e-2)

@@ -1,4 +1,7 @@
-"""The recipe of `docs/distributed.md` for sharded modules of one's own: its code, in two processes, against one."""
+"""The recipe of `docs/distributed.md` for sharded modules of one's own: its code, in two processes, against one.
+
+And what `StepGraph` does with such a model.
+"""
 
 import re
 import sys
@@ -9,7 +12,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint
 from torch.distributed.tensor import DTensor
 
+from npp_kernels import StepGraph
 from tests.processes import ROOT, run_in
+from tests.test_step_graph import graph_of
 
 PAGE = (ROOT / "docs" / "distributed.md").read_text()
 RECIPE = {"__name__": "recipe"}
@@ -85,7 +90,30 @@ def compare(folder):
         other.load_state_dict(state)
         for name, weight in other.state_dict().items():
             assert torch.equal(whole(weight), weights[name]), f"{kind}: {name}"
+        check_step_graph(kind, part, weights)
     print("equal", flush=True)
+
+
+def check_step_graph(kind, part, expected):
+    """Check that `StepGraph` runs the step as it is on a CPU, and names what it refuses where it would capture."""
+    model = RECIPE["shard"](model_of(kind))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+
+    def step(groups):
+        return RECIPE["train_step"](model, groups, optimizer)
+
+    for optimizers in (optimizer, ()):  # named, or found as it steps
+        train, _ = graph_of(step, [], optimizers=optimizers)
+        with pytest.raises(
+            ValueError, match=r"optimizers: expected parameters .* got a DTensor in group 0 of SGD: .*FSDP2"
+        ):
+            train(batch_of(0, kind)[part])
+        optimizer.zero_grad()
+    train = StepGraph(step, optimizers=optimizer)
+    for number in range(3):
+        train(batch_of(number, kind)[part])
+    for name, weight in model.state_dict().items():
+        assert torch.equal(whole(weight), expected[name]), f"{kind}: {name}"  # nothing was trained before
 
 
 def test_the_recipe_in_two_processes_is_one(tmp_path):

@@ -59,6 +59,28 @@ def test_an_output_layer_that_does_more(layer, words):
         plain_linear(layer)
 
 
+def gather(module, inputs):
+    """Stands for what FSDP does around a layer."""
+
+
+def test_what_only_shards_is_no_difference():
+    def only_shards(function):
+        return function is gather
+
+    linear = nn.Linear(8, 20)
+    linear.register_forward_pre_hook(gather)
+    assert linear_difference(linear) == "a torch.nn.modules.linear.Linear with forward_pre_hooks"
+    assert linear_difference(linear, only_shards=only_shards) is None
+    other = linear.register_forward_pre_hook(lambda module, inputs: None)
+    assert linear_difference(linear, only_shards=only_shards).endswith("with forward_pre_hooks")
+    other.remove()
+    linear.forward = gather
+    assert linear_difference(linear, only_shards=only_shards) is None
+    linear.forward = lambda hidden: hidden
+    assert linear_difference(linear, only_shards=only_shards).endswith("with a forward of its own")
+    assert linear_difference(Linear(8, 20), only_shards=lambda function: True).endswith("with a forward of its own")
+
+
 @pytest.mark.parametrize(
     ("layer", "words"),
     [

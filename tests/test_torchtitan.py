@@ -17,6 +17,7 @@ from torch import nn
 pytest.importorskip("torchtitan", reason="needs torchtitan, of the extra 'integrations', and Python 3.11")
 
 from filelock import FileLock
+from torchtitan.components.lora import LoRAConverter
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.config import CompileConfig
 from torchtitan.config.manager import ConfigManager
@@ -25,6 +26,7 @@ from torchtitan.trainer import Trainer
 
 from npp_kernels import PatchSchedule
 from npp_kernels.integrations.torchtitan import (
+    LinearPatchLoss,
     PatchEmbedding,
     PatchLoss,
     PatchTrainer,
@@ -103,6 +105,101 @@ def test_a_step_without_targets_is_zero():
     loss.backward()
     assert loss == 0
     assert not pred.grad.any()
+
+
+def linear_loss_of(head, **options):
+    loss_fn = LinearPatchLoss.Config(**options).build()
+    loss_fn.set_lm_head(head)
+    return loss_fn
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("patch", [None, 1, 4])  # None: labels [B, L]
+def test_output_layer_and_loss_in_one_are_both(patch, bias):
+    hidden, head = torch.randn(2, 16, HIDDEN_SIZE, requires_grad=True), nn.Linear(HIDDEN_SIZE, VOCAB_SIZE, bias=bias)
+    targets = random_targets(2, 16) if patch is None else random_targets(2, 16, patch)
+    count = (targets != -100).sum() + 3  # other ranks and micro-batches have targets too
+    wanted = [hidden, *head.parameters()]
+    expected = repeated_cross_entropy(head(hidden), targets.view(2, 16, -1)) / count
+    expected_grads = torch.autograd.grad(expected, wanted)
+    compiling = CompileConfig(enable=True, components=["loss"])
+    for loss_fn in (LinearPatchLoss.Config().build(compile_config=compiling), linear_loss_of(head, chunk_rows=5)):
+        loss_fn.set_lm_head(head)
+        loss, metrics = loss_fn(hidden, targets, count, positions=torch.arange(16).expand(2, 16))
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, wanted), expected_grads)
+        assert metrics == {}
+        with torch.no_grad():  # the validator's call
+            torch.testing.assert_close(loss_fn(hidden, targets)[0], expected * count)
+    assert "forward" not in vars(head)
+    assert head(hidden).shape == (2, 16, VOCAB_SIZE)
+
+
+def test_output_layer_and_loss_in_one_with_a_tied_embedding_over_micro_batches():
+    embedding = PatchEmbedding.Config(num_embeddings=VOCAB_SIZE, embedding_dim=HIDDEN_SIZE).build()
+    head = nn.Linear(HIDDEN_SIZE, VOCAB_SIZE, bias=False)
+    embedding.weight = head.weight
+    tokens, targets = torch.randint(VOCAB_SIZE, (3, 2, 8, 4)), random_targets(3, 2, 8, 4)
+    count = (targets != -100).sum()
+    rows = F.embedding(tokens, head.weight).mean(-2).tanh()
+    (repeated_cross_entropy(F.linear(rows, head.weight), targets) / count).backward()
+    expected, head.weight.grad = head.weight.grad, None
+    loss_fn = linear_loss_of(head, chunk_rows=6)
+    for micro_tokens, micro_targets in zip(tokens, targets, strict=True):
+        loss_fn(embedding(micro_tokens).tanh(), micro_targets, count)[0].backward()
+    torch.testing.assert_close(head.weight.grad, expected)
+
+
+def test_output_layer_and_loss_in_one_without_targets_is_zero():
+    hidden, head = torch.randn(2, 8, HIDDEN_SIZE, requires_grad=True), nn.Linear(HIDDEN_SIZE, VOCAB_SIZE)
+    loss, _ = linear_loss_of(head)(hidden, torch.full((2, 8, 4), -100), torch.tensor(0))
+    loss.backward()
+    assert loss == 0
+    assert not any(tensor.grad.any() for tensor in (hidden, *head.parameters()))
+
+
+def lora_head(**options):
+    model = LoRAConverter(LoRAConverter.Config(rank=2, **options)).convert(llama3_debugmodel().model_spec.model)
+    head = model.lm_head.build()
+    head.init_states()
+    return head
+
+
+def test_a_frozen_output_layer_gets_no_gradient():
+    head = lora_head(target_modules=["wq"])
+    hidden = torch.randn(2, 8, head.in_features, requires_grad=True)
+    targets = torch.randint(head.out_features, (2, 8, 4))
+    loss, _ = linear_loss_of(head)(hidden, targets, torch.tensor(targets.numel()))
+    loss.backward()
+    (expected,) = torch.autograd.grad(repeated_cross_entropy(head(hidden), targets) / targets.numel(), hidden)
+    torch.testing.assert_close(hidden.grad, expected)
+    assert head.weight.grad is None
+
+
+def test_an_output_layer_that_does_more_is_refused():
+    muse = importlib.import_module("torchtitan.models.muse_glimmer.config_registry").muse_glimmer_debugmodel()
+    for head, what in ((lora_head(), "LoRALinear"), (muse.model_spec.model.lm_head.build(), "SoftCappedLinear")):
+        with pytest.raises(TypeError, match=rf"lm_head: expected a torch.nn.Linear .*{what} with a forward of its own"):
+            linear_loss_of(head)
+    with pytest.raises(TypeError, match=r"got a torch\.nn\.modules\.container\.Sequential; ChunkedLossWrapper"):
+        linear_loss_of(nn.Sequential(nn.Linear(HIDDEN_SIZE, VOCAB_SIZE)))
+
+    head, batch = nn.Linear(HIDDEN_SIZE, VOCAB_SIZE), (torch.randn(2, 8, HIDDEN_SIZE), random_targets(2, 8, 4))
+    loss_fn = linear_loss_of(head)
+    hook = head.register_forward_hook(lambda module, inputs, output: 2 * output)  # it would double the loss
+    with pytest.raises(TypeError, match=r"got a .*Linear with forward_hooks"):
+        loss_fn(*batch)
+    hook.remove()
+    head.forward = lambda hidden: 2 * F.linear(hidden, head.weight)
+    with pytest.raises(TypeError, match=r"got a .*Linear with a forward of its own"):
+        loss_fn(*batch)
+    with pytest.raises(ValueError, match=r"labels: expected the rows of pred, \(2, 8\), .* got \(2, 32\)"):
+        linear_loss_of(nn.Linear(HIDDEN_SIZE, VOCAB_SIZE))(batch[0], random_targets(2, 32))
+    cut = nn.Linear(HIDDEN_SIZE, VOCAB_SIZE)
+    cut.weight = nn.Parameter(cut.weight[:40])  # as TorchTitan's spmd_types cut it
+    with pytest.raises(ValueError, match=r"tensor_parallel_degree: expected 1, .* got 40 of its 60 rows"):
+        linear_loss_of(cut)(*batch)
+    assert "forward" not in vars(cut)
 
 
 def test_the_embedding_averages_patches_and_nothing_else():
@@ -199,6 +296,8 @@ def test_what_a_config_cannot_have():
             patched(**{f"parallelism__{name}_parallel_degree": 2, "training__disable_cuda_graphs": True})
     with pytest.raises(ValueError, match=r"parallelism\.spmd_backend: expected spmd_types or partial_dtensor"):
         patched(parallelism__spmd_backend="full_dtensor")
+    with pytest.raises(ValueError, match=r"debug\.spmd_typechecking: expected False"):
+        patched(debug__spmd_typechecking=True, activation_checkpoint=None)
     with pytest.raises(TypeError, match=r"loss: expected a CrossEntropyLoss\.Config, chunked or not"):
         patched(loss=ChunkedLossWrapper.Config(loss_fn=PatchLoss.Config()))
     with pytest.raises(TypeError, match=r"config: expected a torchtitan.trainer.Trainer.Config, got PatchTrainer"):
@@ -219,10 +318,14 @@ def test_what_a_config_cannot_have():
 def test_the_command_line_changes_a_recipe(tmp_path, monkeypatch):
     (tmp_path / "patch_recipes.py").write_text(
         "from npp_kernels import PatchSchedule\n"
-        "from npp_kernels.integrations.torchtitan import with_patches\n"
+        "from npp_kernels.integrations.torchtitan import LinearPatchLoss, with_patches\n"
         "from torchtitan.models.llama3.config_registry import llama3_debugmodel\n"
         "def patches():\n"
         "    return with_patches(llama3_debugmodel(), PatchSchedule([(4, 5), (1, 10)]))\n"
+        "def linear_loss():\n"
+        "    config = llama3_debugmodel()\n"
+        "    config.loss = LinearPatchLoss.Config()\n"
+        "    return with_patches(config, PatchSchedule([(512, 10)]))\n"  # as many as have no chunk of 8 each
     )
     monkeypatch.syspath_prepend(tmp_path)
     recipe = ["--module", "patch_recipes", "--config", "patches"]
@@ -232,6 +335,10 @@ def test_the_command_line_changes_a_recipe(tmp_path, monkeypatch):
     assert isinstance(config, PatchTrainer.Config)
     assert config.patches == [(8, 6), (1, 20)]
     assert type(config.loss.loss_fn) is PatchLoss.Config
+    config = ConfigManager().parse_args(["--module", "patch_recipes", "--config", "linear_loss"])
+    assert config.loss == LinearPatchLoss.Config(chunk_rows=None)
+    recipe[-1] = "linear_loss"
+    assert ConfigManager().parse_args([*recipe, "--loss.chunk_rows", "512"]).loss.chunk_rows == 512
 
 
 def test_inputs_that_cannot_be_grouped_are_refused():
@@ -281,13 +388,17 @@ def trained_once(tmp_path_factory, scenarios, ranks):
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    scenarios = ["loader", "against_plain", "against_reference", "chunks", "resumed", "validated", "graphs"]
+    scenarios = [
+        "loader", "against_plain", "against_reference", "chunks", "linear_loss", "linear_loss_sharded", "resumed",
+        "validated", "graphs",
+    ]  # fmt: skip
     return trained_once(tmp_path_factory, scenarios, ranks=1)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    return trained_once(tmp_path_factory, ["against_plain", "against_reference"], ranks=2)
+    scenarios = ["against_plain", "against_reference", "linear_loss", "linear_loss_sharded", "linear_loss_of_a_slice"]
+    return trained_once(tmp_path_factory, scenarios, ranks=2)
 
 
 @pytest.fixture(params=["one_rank", "two_ranks"])
@@ -325,6 +436,26 @@ def test_patches_then_tokens_are_what_plain_torch_does(results):
     assert expected[-1] < expected[0] - 0.3
     torch.testing.assert_close(logged(ours), expected, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(ours["last"], results["against_reference"]["last"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["own", "patches", "tied"])
+def test_runs_with_output_layer_and_loss_in_one_are_those_in_chunks(results, recipe):
+    ours, chunked = results["linear_loss"][recipe]["ours"], results["linear_loss"][recipe]["chunked"]
+    assert len(ours["steps"]) == 12
+    assert_same_run(ours, chunked)
+    assert list(ours["validation"]) == ([1, 3, 6, 9, 12] if recipe == "patches" else [])
+    for step, loss in chunked["validation"].items():
+        assert ours["validation"][step] == pytest.approx(loss, rel=1e-6)
+
+
+def test_output_layer_and_loss_in_one_under_fsdp_alone(results):
+    found = results["linear_loss_sharded"]
+    torch.testing.assert_close(found["ours"], found["expected"])
+    assert found["sharded_after"] == [True, True]  # the backward, and a loss without one
+
+
+def test_output_layer_and_loss_in_one_refuse_tensor_parallelism(two_ranks):
+    assert "tensor_parallel_degree: expected 1, " in two_ranks["linear_loss_of_a_slice"]["error"]
 
 
 def test_operations_are_counted_by_the_stage(one_rank):
@@ -380,11 +511,39 @@ def test_a_stage_begins_its_own_cuda_graph(one_rank):
 @pytest.mark.gpu
 def test_cuda_graphs_over_a_stages_end(tmp_path):
     results = trained(["graphs_on_gpu"], tmp_path / "gpu.pt", device_count=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
-    graphs, eager = results["graphs_on_gpu"][False], results["graphs_on_gpu"][True]
-    torch.testing.assert_close(logged(graphs), logged(eager), rtol=1e-3, atol=1e-3)  # in bf16
-    assert graphs["validation"].keys() == eager["validation"].keys() == {1, 3, 6, 9, 12}
-    for step, loss in eager["validation"].items():
-        assert graphs["validation"][step] == pytest.approx(loss, rel=1e-3)
+    for runs in results["graphs_on_gpu"].values():
+        graphs, eager = runs[False], runs[True]
+        torch.testing.assert_close(logged(graphs), logged(eager), rtol=1e-3, atol=1e-3)  # in bf16
+        assert graphs["validation"].keys() == eager["validation"].keys() == {1, 3, 6, 9, 12}
+        for step, loss in eager["validation"].items():
+            assert graphs["validation"][step] == pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_memory_of_output_layer_and_loss_in_one():
+    rows, vocab_size, hidden_size, chunk_rows = 8192, 32768, 1024, 1024
+    like = {"device": "cuda", "dtype": torch.bfloat16}
+    head = nn.Linear(hidden_size, vocab_size, bias=False, **like)
+    hidden = torch.randn(4, rows // 4, hidden_size, **like, requires_grad=True)
+    targets = torch.randint(vocab_size, (4, rows // 4, 4), device="cuda")
+    count = torch.tensor(targets.numel(), device="cuda")
+
+    def peak_bytes(loss_fn):
+        loss_fn.set_lm_head(head)
+        for _ in range(2):  # the first compiles
+            hidden.grad = head.weight.grad = None
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            loss_fn(hidden, targets, count)[0].backward()
+            torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    chunked = peak_bytes(ChunkedLossWrapper.Config(num_chunks=rows // chunk_rows, loss_fn=PatchLoss.Config()).build())
+    linear = peak_bytes(LinearPatchLoss.Config(chunk_rows=chunk_rows).build())
+    weights, chunk = vocab_size * hidden_size, chunk_rows * (2 * vocab_size + 6 * hidden_size)
+    by_formula = 2 * rows * hidden_size + max(6 * weights, 4 * weights + chunk)
+    assert linear < 1.05 * by_formula < chunked
 
 
 EXAMPLE = """

@@ -35,7 +35,7 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    ways = ["sharded", "bf16 sharded", "bf16 sharded parts"]
+    ways = ["sharded", "bf16 sharded", "bf16 sharded parts", "fsdp"]
     return results_of(tmp_path_factory.mktemp("one"), 1, ways, device="cuda")
 
 
@@ -61,6 +61,11 @@ def test_steps_were_captured(two):
     assert {way: results[0]["captured"] for way, results in two.items()} == {
         way: 0 if way in ("fsdp", "bf16 without a graph") else 1 for way in WAYS
     }
+
+
+def test_fsdp_in_one_process_has_no_graph_either(one):
+    assert one["fsdp"][0]["captured"] == 0
+    assert_close(one["fsdp"][0], one["sharded"][0], gradients=5e-3, losses=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from examples import torchtitan_bags as example  # first: it lets TorchTitan run on the CPU
 from npp_kernels import PatchSchedule
 from npp_kernels.integrations import torchtitan as integration
-from npp_kernels.integrations.torchtitan import with_patches
+from npp_kernels.integrations.torchtitan import LinearPatchLoss, with_patches
 
 import torchtitan.models.common.attention as attention  # isort: skip
 import torchtitan.trainer  # isort: skip
-from torch.distributed.fsdp import FSDPModule  # isort: skip
+from torch.distributed.fsdp import FSDPModule, fully_shard  # isort: skip
 from torch.distributed.tensor import DTensor  # isort: skip
 from torch.nn.attention.flex_attention import create_block_mask  # isort: skip
 from torchtitan.components.loss import ChunkedLossWrapper  # isort: skip
@@ -171,6 +171,86 @@ def against_reference(ranks):
     return {"ours": ours, "losses": losses, "last": last}
 
 
+def with_linear_loss(config):
+    """Return a recipe with output layer and loss in one, in several chunks even here."""
+    config.loss = LinearPatchLoss.Config(chunk_rows=16)
+    return config
+
+
+def linear_loss(ranks):
+    """Train with output layer and loss in one, and in chunks as TorchTitan does, in two micro-batches a step."""
+    schedule = PatchSchedule([(4, 6), (1, 12)])
+
+    def own(loss):
+        return loss(recipe(12, accumulate=2))
+
+    def patches(loss):
+        config = recipe(12, accumulate=2)
+        config.validator = dataclasses.replace(config.validator, enable=True, freq=3, steps=2)
+        return with_patches(loss(config), schedule)
+
+    def tied(loss):
+        config = recipe(12, accumulate=2)
+        config.model_spec.model.enable_weight_tying = True
+        config.parallelism = dataclasses.replace(config.parallelism, fsdp_reshard_after_forward="always")
+        return with_patches(loss(config), schedule)
+
+    return {
+        make.__name__: {"ours": run(make(with_linear_loss)), "chunked": run(make(lambda config: config))}
+        for make in (own, patches, tied)
+    }
+
+
+def linear_loss_sharded(ranks):
+    """Return loss and gradients of an output layer that FSDP shards alone, and what plain torch has for all ranks."""
+    torch.manual_seed(3)
+    hidden, targets = torch.randn(ranks, 2, 8, 16), torch.randint(60, (ranks, 2, 8, 4))
+    targets[0, :, :5] = -100  # the ranks have different numbers of targets
+    head = torch.nn.Linear(16, 60)
+    whole_head = torch.nn.Linear(16, 60)
+    whole_head.load_state_dict(head.state_dict())
+    fully_shard(head)
+    head.set_gradient_divide_factor(1.0)  # both as TorchTitan's trainer and these runs have them
+    head.set_force_sum_reduction_for_comms(True)
+    rank = int(os.environ["RANK"])
+    count = (targets != -100).sum()
+
+    loss_fn = LinearPatchLoss.Config(chunk_rows=6).build()
+    loss_fn.set_lm_head(head)
+    own = hidden[rank].clone().requires_grad_()
+    loss, _ = loss_fn(own, targets[rank], count)
+    loss.backward()
+    sharded_after = [isinstance(head.weight, DTensor)]
+    with torch.no_grad():
+        summed, _ = loss_fn(own, targets[rank])
+    sharded_after.append(isinstance(head.weight, DTensor))
+
+    everything = hidden.clone().requires_grad_()
+    logits = whole_head(everything).unsqueeze(-2).expand(*targets.shape, 60)
+    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+    (losses.sum() / count).backward()
+    return {
+        "ours": [loss.detach(), summed, own.grad, head.weight.grad.full_tensor(), head.bias.grad.full_tensor()],
+        "expected": [
+            losses[rank].sum().detach() / count, losses[rank].sum().detach(), everything.grad[rank],
+            whole_head.weight.grad, whole_head.bias.grad,
+        ],
+        "sharded_after": sharded_after,
+    }  # fmt: skip
+
+
+def linear_loss_of_a_slice(ranks):
+    """Return what is said of an output layer that tensor parallelism cuts."""
+    config = with_linear_loss(recipe(1))
+    config.parallelism = dataclasses.replace(config.parallelism, tensor_parallel_degree=ranks)
+    config.training.global_batch_size = BATCH_SIZE
+    try:
+        run(config)
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
 def loader(ranks):
     """Return the first rows of TorchTitan's own data loader, and the documents that went in."""
     (rows,) = batches(recipe(1), 1)
@@ -216,13 +296,15 @@ def validated(ranks):
 
 
 def graphs_on_gpu(ranks):
-    """Train over a stage's end with TorchTitan's CUDA graphs, and without."""
+    """Train over a stage's end with TorchTitan's CUDA graphs, and without, with either loss."""
     schedule = PatchSchedule([(4, 6), (1, 12)])
     results = {}
-    for disabled in (False, True):
-        config = with_patches(recipe(12, accumulate=2, seq_len=512, disable_cuda_graphs=disabled), schedule)
-        config.validator = dataclasses.replace(config.validator, enable=True, freq=3, steps=2)
-        results[disabled] = run(config)
+    for name, change in (("chunked", lambda config: config), ("linear", with_linear_loss)):
+        results[name] = {}
+        for disabled in (False, True):
+            config = change(recipe(12, accumulate=2, seq_len=512, disable_cuda_graphs=disabled))
+            config.validator = dataclasses.replace(config.validator, enable=True, freq=3, steps=2)
+            results[name][disabled] = run(with_patches(config, schedule))
     return results
 
 
@@ -265,8 +347,11 @@ def graphs(ranks):
 
 SCENARIOS = {
     function.__name__: function
-    for function in (against_plain, against_reference, loader, chunks, resumed, validated, graphs, graphs_on_gpu)
-}
+    for function in (
+        against_plain, against_reference, linear_loss, linear_loss_sharded, linear_loss_of_a_slice, loader, chunks,
+        resumed, validated, graphs, graphs_on_gpu,
+    )
+}  # fmt: skip
 
 
 def main(names, path):

@@ -8,7 +8,12 @@ A parametrised weight is no difference: ``module.weight`` is what the layer itse
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
+
+from npp_kernels.vocabulary_shard import is_dtensor
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Options of torch.nn.Embedding that change its forward or gradient, with the values at which they do nothing.
@@ -65,26 +70,35 @@ def embedding_difference(module: nn.Module) -> str | None:
     return None
 
 
-def linear_difference(module: nn.Module) -> str | None:
+def linear_difference(module: nn.Module, *, only_shards: Callable[[Any], bool] | None = None) -> str | None:
     """Return what a layer has beyond a plain `torch.nn.Linear`, in words; None where there is nothing.
 
     >>> import torch
     >>> linear_difference(torch.nn.Sequential(torch.nn.Linear(64, 512)))
     'a torch.nn.modules.container.Sequential'
+
+    Args:
+        module: the layer.
+        only_shards: says of a hook, or of a forward of the instance, that it gathers and scatters what the layer has
+            and changes nothing of it. With it the weight may be a `DTensor`, which it is outside of such hooks.
     """
-    return _difference(module, nn.Linear)
+    return _difference(module, nn.Linear, only_shards)
 
 
-def _difference(module: nn.Module, expected: type[nn.Module]) -> str | None:
+def _difference(
+    module: nn.Module, expected: type[nn.Module], only_shards: Callable[[Any], bool] | None = None
+) -> str | None:
     kind = type(module)
     name = f"{kind.__module__}.{kind.__qualname__}"  # an adapter's class may have the same short name
     if not isinstance(module, expected):
         return f"a {name}"
+    harmless = only_shards or (lambda function: False)
     # Offloading and adapters replace the forward of an instance.
-    if kind.forward is not expected.forward or kind.__call__ is not nn.Module.__call__ or "forward" in vars(module):
+    replaced = "forward" in vars(module) and not harmless(vars(module)["forward"])
+    if kind.forward is not expected.forward or kind.__call__ is not nn.Module.__call__ or replaced:
         return f"a {name} with a forward of its own"
-    if hooks := [hook.removeprefix("_") for hook in _HOOKS if getattr(module, hook)]:
+    if hooks := [hook.removeprefix("_") for hook in _HOOKS if not all(map(harmless, getattr(module, hook).values()))]:
         return f"a {name} with {', '.join(hooks)}"
-    if type(module.weight) not in (Tensor, nn.Parameter):  # quantised, or sharded
+    if type(module.weight) not in (Tensor, nn.Parameter) and not (only_shards and is_dtensor(module.weight)):
         return f"a {name} whose weight is a {type(module.weight).__name__}"
     return None

@@ -10,6 +10,8 @@ The trainer groups every batch before it counts its labels, builds masks, or cut
 shapes say all there is to know. Tokens ``[B, P, K]`` are averaged by the embedding, targets ``[B, P, K]``, shifted
 already, are scored by the loss, and ``[B, L]`` is what it always was. So accumulation, ranks, `ChunkedLossWrapper`
 and the validator, which gets no groups, work as they are, and the stage follows from the step alone.
+
+``config.loss = LinearPatchLoss.Config()`` in a recipe, one of patches or not, makes one of output layer and loss.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from typing import Any, cast
 
 from torch import Tensor
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
-from torchtitan.config import CompileConfig
 from torchtitan.distributed import cudagraph
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.embedding import Embedding
@@ -31,8 +32,10 @@ from torchtitan.trainer import Trainer
 
 from npp_kernels.embeddings.group_mean import group_mean
 from npp_kernels.integrations._packed import group_packed
-from npp_kernels.losses.patch_cross_entropy import patch_cross_entropy
+from npp_kernels.integrations._torchtitan_losses import LinearPatchLoss, PatchLoss
 from npp_kernels.schedule import PatchSchedule
+
+__all__ = ["LinearPatchLoss", "PatchEmbedding", "PatchLoss", "PatchTrainer", "group_batch", "with_patches"]
 
 PLAIN_FORWARDS = (Decoder.forward, MTPDecoder.forward)  # they call tok_embeddings on the tokens, once
 REFUSED_DEGREES = ("tensor_parallel_degree", "context_parallel_degree", "pipeline_parallel_degree")
@@ -62,60 +65,6 @@ class PatchEmbedding(Embedding):
         if self.tp_group is not None:
             raise ValueError("tensor_parallel_degree: expected 1 for patches, got a table that is split by vocabulary")
         return group_mean(self.weight, input).clone()  # FSDP2 hooks what a module returns, which must not be a view
-
-
-class PatchLoss(BaseLoss):
-    """The sum of all targets' cross entropies over the count that the trainer gives: each row against K targets.
-
-    >>> import torch
-    >>> loss_fn = PatchLoss.Config().build()
-    >>> targets = torch.randint(512, (2, 8, 4))
-    >>> loss, metrics = loss_fn(torch.randn(2, 8, 512), targets, torch.tensor(targets.numel()))
-    >>> loss.shape, metrics
-    (torch.Size([]), {})
-
-    Row p of ``pred [B, P, V]`` is scored against row p of ``labels [B, P, K]``, without a shift, so that any chunks of
-    P add up to the whole. Labels ``[B, P]`` are K = 1, the ordinary loss. -100 does not count. Without a divisor it is
-    the sum, as the validator wants it.
-
-    Raises:
-        ValueError: ``labels`` do not have the rows of ``pred``: they were not grouped, or grouped otherwise.
-        TypeError: those of `npp_kernels.patch_cross_entropy`.
-    """
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(BaseLoss.Config):
-        """Nothing to choose: one target counts as much as another."""
-
-    def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
-        self.fn = summed_cross_entropy
-        self._maybe_compile(compile_config)
-
-    def __call__(
-        self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, and no metrics; 0 and not NaN where a whole step has nothing to score."""
-        divisor = None if global_valid_tokens is None else global_valid_tokens.clamp(min=1)
-        return cast(tuple[Tensor, dict[str, Tensor]], super().__call__(pred, labels, divisor, **kwargs))
-
-
-def summed_cross_entropy(pred: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum over all targets that count: ``pred [B, P, V], labels [B, P, K]`` or ``[B, P] ->`` a number.
-
-    >>> import torch
-    >>> summed_cross_entropy(torch.randn(2, 8, 512), torch.randint(512, (2, 8, 4))).shape
-    torch.Size([])
-
-    Raises:
-        ValueError, TypeError, IndexError: as `PatchLoss`.
-    """
-    groups = labels.unsqueeze(-1) if labels.ndim == pred.ndim - 1 else labels
-    if groups.shape[:-1] != pred.shape[:-1]:
-        raise ValueError(
-            f"labels: expected the rows of pred, {tuple(pred.shape[:-1])}, with or without K targets each, "
-            f"got {tuple(labels.shape)}"
-        )
-    return cast(Tensor, patch_cross_entropy(pred, groups, reduction="sum"))
 
 
 class PatchTrainer(Trainer):
@@ -190,7 +139,8 @@ def with_patches(config: Trainer.Config, schedule: PatchSchedule) -> PatchTraine
     Parameters keep their names, so that checkpoints go back and forth between both configs.
 
     Args:
-        config: a recipe of `torchtitan.trainer.Trainer`; it is not changed.
+        config: a recipe of `torchtitan.trainer.Trainer`; it is not changed. A ``loss`` that is a `LinearPatchLoss`
+            stays.
         schedule: the stages, of ``config.training.steps`` steps together.
 
     Raises:
@@ -229,6 +179,8 @@ def _patched_model(model: Any) -> Any:
 
 
 def _patched_loss(loss: BaseLoss.Config) -> BaseLoss.Config:
+    if type(loss) is LinearPatchLoss.Config:
+        return loss
     if type(loss) is ChunkedLossWrapper.Config:
         return dataclasses.replace(loss, loss_fn=_patched_loss(loss.loss_fn))
     if type(loss) is not CrossEntropyLoss.Config:
@@ -257,6 +209,10 @@ def check_config(config: PatchTrainer.Config) -> None:
             raise ValueError(f"parallelism.{name}: expected 1 for a run on patches, got {degree}")
     if config.parallelism.spmd_backend == "full_dtensor":
         raise ValueError("parallelism.spmd_backend: expected spmd_types or partial_dtensor, got full_dtensor")
+    if config.debug.spmd_typechecking:
+        raise ValueError(
+            "debug.spmd_typechecking: expected False, since our operations declare no SPMD types, got True"
+        )
 
 
 def group_batch(inputs: dict[str, Tensor], labels: Tensor, patch: int) -> tuple[dict[str, Tensor], Tensor]:

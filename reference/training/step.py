@@ -157,7 +157,7 @@ class TrainStep:
             warmup=WARMUP_STEPS,
             release_past=True,
             device=device,
-            enabled=config.graph and not config.official and not (self.averages and self.processes > 1),
+            enabled=config.graph and not (config.official or self.is_sharded or (self.averages and self.processes > 1)),
         )
 
     def _make_optimizer(self, adamw: AdamWConfig) -> FlatAdamW | DataParallelAdamW | TorchAdamW:
