@@ -301,6 +301,26 @@ def test_minus_infinity_masks_a_logit(device):
     check(logits, groups)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
+def test_a_row_that_is_minus_infinity_throughout_is_nan(device, options, wide, request):
+    """Its losses and its gradient, as PyTorch's; and no other row's."""
+    vocab_size = 40
+    if wide and device.type == "cuda":
+        vocab_size = 100_000
+    elif wide:
+        request.getfixturevalue("narrow_blocks")
+        vocab_size = 150
+    logits = torch.randn(3, vocab_size, device=device)
+    logits[1] = float("-inf")
+    logits.requires_grad_()
+    groups = torch.tensor([[5, 8], [0, -100], [4, 4]], device=device)
+    losses = npp_kernels.patch_cross_entropy(logits, groups, reduction="none", **options)
+    (grad,) = torch.autograd.grad(losses, logits, torch.full_like(losses, 1.7))
+    assert losses.isnan().tolist() == [[False, False], [True, False], [False, False]]
+    assert grad.isnan().all(1).tolist() == grad.isnan().any(1).tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_target_that_is_masked_costs_infinitely_much(device, reduction):
     logits = torch.zeros(3, 40, device=device)
