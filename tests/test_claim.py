@@ -172,7 +172,7 @@ def train_one_after_the_other(folder, *others):
     return counters["stats"]["unique_graphs"] - before
 
 
-# As in test_train: Dynamo looks at .grad of all that goes into a compiled block.
+# As in test_train_step: Dynamo looks at .grad of all that goes into a compiled block.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_runs_share_what_is_compiled(tmp_path, monkeypatch):
     eager = functools.partial(torch.compile, backend="aot_eager")  # quick, and traced like any other
