@@ -36,13 +36,13 @@ def write_report(results: Results, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     plots = plot_all(results, folder)
     parts = ["# Benchmarks of npp_kernels", provenance(results), METHOD, "## Every stage", summary_table(results)]
-    parts += [f"![]({path.name})" for path in plots[:2]]
+    parts += [_picture(path) for path in plots[:2]]
     for operation in OPERATIONS:
         tables = operation_tables(operation, results)
         if not tables:
             continue
         parts.append(f"## {TITLES[operation]}")
-        parts += [f"![]({path.name})" for path in plots if path.name.startswith(f"{operation}-")]
+        parts += [_picture(path) for path in plots if path.name.startswith(f"{operation}-")]
         parts.append(tables)
         if operation == "group_mean":
             parts += ["### Backward alone, index preparation included", backward_table(results)]
@@ -54,3 +54,7 @@ def write_report(results: Results, folder: Path) -> Path:
     page = folder / "report.md"
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
+
+
+def _picture(path: Path) -> str:
+    return f"![{path.stem.replace('-', ' ')}]({path.name})"
