@@ -1,4 +1,4 @@
-"""A first run for anyone: train a small model coarse to fine on real images, on a CPU, in a few minutes.
+"""A first run for anyone: train a small model coarse to fine on real images, on a CPU, in five to ten minutes.
 
     python -m reference.first_run
 
