@@ -1,4 +1,7 @@
-"""Checks of arguments, made before any kernel runs: a message names the argument, what was expected and what came."""
+"""Checks of arguments, made before any kernel runs: a message names the argument, what was expected and what came.
+
+Every public function begins with them.
+"""
 
 from __future__ import annotations
 

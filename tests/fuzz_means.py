@@ -1,4 +1,7 @@
-"""What a case for the means, the functions on ids and the segments must come out as."""
+"""What a case for the means, the functions on ids and the segments must come out as.
+
+test_fuzz.py calls it for each case that fuzz_cases.py makes up.
+"""
 
 import math
 from unittest import mock

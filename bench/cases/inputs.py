@@ -1,4 +1,7 @@
-"""The tensors of a workload: real or uniform tokens, peaky logits, and a copy of what a contender may overwrite."""
+"""The tensors of a workload: real or uniform tokens, peaky logits, and a copy of what a contender may overwrite.
+
+`bench.timing.measure` makes them, and `bench.cases.oracle` compares what contenders make of them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The tables of ``docs/accuracy.md``: every figure of them from the records."""
+"""The tables of ``docs/accuracy.md``: every figure of them from the records.
+
+`bench.accuracy` calls it, after measuring or for results made before.
+"""
 
 from __future__ import annotations
 

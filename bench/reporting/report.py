@@ -1,4 +1,7 @@
-"""The report of one run: a page of tables, and the plots it shows."""
+"""The report of one run: a page of tables, and the plots it shows.
+
+``python -m bench`` writes it after a run, and ``python -m bench report`` from results made before.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Results as Markdown: the tables of the report, every figure of them from the records."""
+"""Results as Markdown: the tables of the report, every figure of them from the records.
+
+`bench.reporting.report` puts them together; other pages take `markdown_table` and the choice of the best from here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The processes of a training run: who takes part, that no other run uses its folder, and how a scheduler stops it."""
+"""The processes of a training run: who takes part, that no other run uses its folder, and how a scheduler stops it.
+
+`reference.train` and every command that runs for long begin with it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""PyTorch's own AdamW: what the official code trains with, for comparison, and what sharded parameters take."""
+"""PyTorch's own AdamW: what the official code trains with, for comparison, and what sharded parameters take.
+
+`reference.training.step` takes it in the place of `FlatAdamW` for those two.
+"""
 
 from __future__ import annotations
 
