@@ -26,7 +26,7 @@ STOPPED = 75
 # A killed run's reading processes keep its lock until they notice, which PyTorch lets them do every five seconds.
 LOCK_SECONDS = 15
 
-# What file systems without locks answer, as some that many machines share are set up.
+# What file systems without locks answer: some that many machines share are set up that way.
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 
 
@@ -48,7 +48,7 @@ def process_group() -> Iterator[torch.device]:
     if "RANK" not in os.environ:
         yield device
         return
-    # Who waits for an evaluation of the first process waits long; who is lost is the heartbeat's to say.
+    # Long, since the others wait while the first process evaluates. A lost process is found by the heartbeat.
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", timeout=timedelta(hours=2), device_id=device if on_gpu else None
     )
