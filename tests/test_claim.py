@@ -215,6 +215,6 @@ def test_first_run_without_a_feature_network(tmp_path, monkeypatch, capsys):
     config = replace(PRESETS["tiny"], output=str(tmp_path))
     assert first_run.observer_of_samples(config, 10, torch.device("cpu")) is None
     assert "samples are not scored: the Fréchet distance needs a feature network: pip" in capsys.readouterr().out
-    assert "pip install -e .[score]" in first_run.distances(tmp_path)
+    assert "pip install -e '.[score]'" in first_run.distances(tmp_path)
     assert first_run.observer_of_samples(config, 0, torch.device("cpu")) is None
     assert capsys.readouterr().out == ""
