@@ -146,8 +146,6 @@ class StepGraph:
         device: torch.device | str | None = None,
         enabled: bool = True,
     ) -> None:
-        if not callable(step):
-            raise TypeError(f"step: expected a function, got {type(step).__name__}")
         if warmup is not None and warmup < 2:
             raise ValueError(f"warmup: expected at least 2, got {warmup}")
         if max_graphs < 1:
