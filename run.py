@@ -116,7 +116,7 @@ def main() -> int:
     parser.add_argument("--here", action="store_true", help="use the current Python environment; install nothing")
     parser.add_argument("job", choices=ENVIRONMENTS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the job")
-    options = parser.parse_args()
+    options = parser.parse_args(sys.argv[1:] or ["--help"])
     python = sys.executable if options.here else environment(options.job)
     for command in commands(options.job, options.arguments):
         status = subprocess.run([python, *command.arguments], cwd=ROOT, env=os.environ | command.variables).returncode

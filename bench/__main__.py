@@ -3,6 +3,7 @@
     python -m bench                                  # measure, then report into runs/bench-DATE/
     python -m bench report RESULTS --out FOLDER      # tables and plots of results made before
     python -m bench readme                           # README's table and pictures, from the committed results
+    python -m bench training                         # the tables of docs/training.md, from docs/step_time/
     python -m bench accuracy --device cpu            # errors beside PyTorch's, for docs/accuracy.md; --help says more
 
 RESULTS is a file ``results.json`` or, of a run that was cut off, ``journal.jsonl``. Other arguments go to pytest:
@@ -22,6 +23,7 @@ from bench import accuracy
 from bench.reporting.readme import RESULTS, ROOT, STEPS, write_readme
 from bench.reporting.records import read_results
 from bench.reporting.report import write_report
+from bench.reporting.training_page import PAGE, write_page
 
 HERE = ROOT / "bench"
 
@@ -43,7 +45,7 @@ def main(arguments: list[str]) -> int:
     """Do what the command line asks for; return the exit status."""
     if arguments[:1] == ["accuracy"]:
         return accuracy.main(arguments[1:])
-    if not arguments or arguments[0] not in ("report", "readme", "-h", "--help"):
+    if not arguments or arguments[0] not in ("report", "readme", "training", "-h", "--help"):
         return measure(arguments)
     parser = argparse.ArgumentParser(
         "python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -56,9 +58,13 @@ def main(arguments: list[str]) -> int:
     readme.add_argument("--results", type=Path, default=RESULTS, help="of the operations (default: %(default)s)")
     readme.add_argument("--steps", type=Path, default=STEPS, help="of training steps (default: %(default)s)")
     readme.add_argument("--page", type=Path, default=ROOT / "README.md", help="where the markers are")
+    training = commands.add_parser("training", help="the tables of training steps, from docs/step_time/")
+    training.add_argument("--page", type=Path, default=PAGE, help="where the markers are (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.command == "report":
         print(write_report(read_results(options.results), options.out))
+    elif options.command == "training":
+        write_page(options.page)
     else:
         write_readme(options.page, options.results, options.steps)
     return 0

@@ -189,7 +189,7 @@ def run_part(options: argparse.Namespace, contender: str, patch: int, mode: str)
         on_gpu = part.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize()  # the model was made on another stream than it runs on
-        # What is compiled keeps nodes of autograd on the stream that it first ran on: that of the capture to come.
+        # Compiled code keeps its autograd nodes on the stream of its first run: let that be the stream of the capture.
         with torch.cuda.stream(train.stream) if on_gpu and mode == "compile" else nullcontext():
             if options.warm:
                 for _ in range(2):

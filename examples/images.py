@@ -1,4 +1,4 @@
-"""The images of the examples: 2,000 pictures of clothes as 16 by 16 tokens, which the repository carries."""
+"""The images of three of the examples: 2,000 pictures of clothes as 16 by 16 tokens, which the repository carries."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Coarse to fine in Lightning: the trainer is theirs, the stages come from a callback.
 
-    pip install lightning
+    pip install '.[integrations]'
     python -m examples.lightning_images         # a third of a minute on one core of a CPU
 
 It prints loss and time of each stage, and the validation loss, which is at patch 1 throughout.

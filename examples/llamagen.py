@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=6, help="of 10 steps")
     parser.add_argument("--official", metavar="DIR", help="a folder with their autoregressive/ and utils/")
     options = parser.parse_args(arguments)
+    if options.official is not None and not Path(options.official, "autoregressive/models/gpt.py").exists():
+        parser.error(f"--official: expected a folder with autoregressive/models/gpt.py, got {options.official}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     own, ours = (
         train(make_model(options.official), options.epochs, patched=patched, device=device) for patched in (False, True)

@@ -1,6 +1,6 @@
 """TorchTitan: a small Llama on bags of 4 tokens for half of the run, then on single tokens, beside a plain run.
 
-    pip install torchtitan==0.3.0
+    pip install '.[integrations]'
     python examples/torchtitan_bags.py
 
 Everything is TorchTitan's own: trainer, model, data loader, chunked loss, optimizer, validator. `with_patches`, at the

@@ -1,4 +1,7 @@
-"""Checks of arguments, made before any kernel runs: a message names the argument, what was expected and what came."""
+"""Checks of arguments, made before any kernel runs: a message names the argument, what was expected and what came.
+
+Every public function begins with them.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,8 @@ def described(tensor: Tensor) -> str:
 def check_tensor(name: str, value: object) -> None:
     """Raise a TypeError unless ``value`` is a plain tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        way_out = ": pass module.weight" if isinstance(value, torch.nn.Embedding | torch.nn.Linear) else ""
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}{way_out}")
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(value, distributed.DTensor):
         raise TypeError(

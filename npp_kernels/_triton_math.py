@@ -1,4 +1,4 @@
-"""Device functions that several kernels share."""
+"""Device functions that several kernels of the losses share: exponentials, logarithms, division, the soft cap."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""The functions as `torch.nn` modules."""
+"""`group_mean` and the losses as `torch.nn` modules, for models that are put together from modules."""
 
 from __future__ import annotations
 

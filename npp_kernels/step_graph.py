@@ -10,7 +10,7 @@ it was captured. What would go wrong without a word is looked for here, before t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
@@ -155,7 +155,7 @@ class StepGraph:
         if max_graphs < 1:
             raise ValueError(f"max_graphs: expected at least 1, got {max_graphs}")
         self.step = step
-        self.optimizers = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+        self.optimizers = tuple(optimizers) if isinstance(optimizers, Iterable) else (optimizers,)
         for optimizer in self.optimizers:
             if not isinstance(optimizer, Optimizer):
                 raise TypeError(f"optimizers: expected torch.optim.Optimizer, got {type(optimizer).__name__}")

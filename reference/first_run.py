@@ -1,10 +1,10 @@
-"""A first run for anyone: train a small model coarse to fine on real images, on a CPU, in a few minutes.
+"""A first run for anyone: train a small model coarse to fine on real images, on a CPU, in five to ten minutes.
 
     python -m reference.first_run
 
 trains on the 1,600 images that the repository carries, three times from the same weights: plain next-token training;
 coarse to fine, for as many steps, at about 0.6 of that cost; and plain training again, stopped at the cost of coarse to
-fine, which is what a fair reader compares it with. With the packages of ``pip install -e .[score]`` it also compares
+fine, which is what a fair reader compares it with. With the packages of ``pip install -e '.[score]'`` it also compares
 samples of each with real images. It leaves in ``runs/first``
 
     summary.md               cost and score of each
@@ -69,7 +69,7 @@ def distances(folder: Path) -> str:
     entries = Journal(folder / "samples.jsonl").entries
     if not sample_report.of_runs(entries):
         return (
-            "No Fréchet distance: `pip install -e .[score]` brings the feature network, and the same command then "
+            "No Fréchet distance: `pip install -e '.[score]'` brings the feature network, and the same command then "
             "scores samples of a new `--output`."
         )
     return (

@@ -238,7 +238,7 @@ def measure_all(options: argparse.Namespace, device: torch.device) -> Journal:
                 step.close()
             del step
             collect(device)
-        torch.compiler.reset()  # or the code of all shapes together would be more than it keeps
+        torch.compiler.reset()  # all shapes together would be more than the compiler keeps
     return journal
 
 

@@ -37,23 +37,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import matplotlib
 import torch
 from tqdm import tqdm
 
-from npp_kernels import PatchSchedule
+from reference.comparison.step_report import FORMULATIONS, key_of, plot, report
 from reference.network.model import SIZES, ModelConfig, Transformer
 from reference.training.checkpoint import write_json
 from reference.training.optimizer import AdamWConfig
 from reference.training.step import SETUP_STEPS, StepConfig, TrainStep
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-FORMULATIONS = ("official", "ours")  # in this order: where the official one does not fit, ours need not be compiled
 MAX_IMAGES = 256
 SETTLING_STEPS = 5  # after set-up, before timing: clocks and caches
-KEY = ("model", "patch", "images", "formulation")
 MAX = "max"
 
 
@@ -144,11 +138,6 @@ def conditions(options: argparse.Namespace, device: torch.device) -> dict[str, A
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
-
-
-def key_of(cell: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what tells a cell from all others."""
-    return tuple(cell[name] for name in KEY)
 
 
 def command_of(cell: dict[str, Any], options: argparse.Namespace, folder: Path) -> list[str]:
@@ -253,85 +242,6 @@ class Table:
                 return images
             images //= 2
         return None
-
-
-def report(cells: Sequence[dict[str, Any]]) -> str:
-    r"""Return the cells, and the schedules' cost in time that follows from them, as Markdown tables.
-
-    >>> cells = [{"model": "B", "patch": p, "images": 64, "formulation": f, "median_ms": ms, "images_per_second": 1.0,
-    ...           "model_tflops_per_second": 1.0, "peak_gib": None, "device": "GPU"}
-    ...          for p, f, ms in [(1, "ours", 20.0), (2, "ours", 5.0), (1, "official", 25.0)]]
-    >>> print(report(cells).split("\n\n")[2])
-    | model | images | levels | of our plain training | of the official plain training |
-    |---|---|---|---|---|
-    | B | 64 | 2 | 0.625 | 0.500 |
-    """
-    found = {key_of(cell): cell for cell in cells}
-    rows = sorted({key[:3] for key in found}, key=lambda row: (list(SIZES).index(row[0]), row[2], -row[1]))
-    columns = {"ms": "median_ms", "images/s": "images_per_second"}
-    columns |= {"TFLOP/s": "model_tflops_per_second", "GiB": "peak_gib"}
-    heads = [f"{name}, official | ours" for name in columns]
-    lines = [f"| model | images | patch | {' | '.join(heads)} |", "|" + "---|" * (3 + 2 * len(columns))]
-    for model, patch, images in rows:
-        pair = [found.get((model, patch, images, formulation), {}) for formulation in FORMULATIONS]
-        words = [shown(cell, name) for name in columns.values() for cell in pair]
-        lines.append(f"| {model} | {images} | {patch} | {' | '.join(words)} |")
-    lines += ["", f"Device: {', '.join(sorted({cell['device'] for cell in cells}))}.", ""]
-    lines += ["| model | images | levels | of our plain training | of the official plain training |"]
-    lines += ["|---|---|---|---|---|"]
-    times = {key: cell["median_ms"] for key, cell in found.items() if "error" not in cell}
-    for model, images in dict.fromkeys((model, images) for model, _, images in rows):
-        for levels in (2, 3, 4):
-            stages = PatchSchedule.coarse_to_fine(levels, 2**levels).stages
-            shares = [(stage.end - stage.start) / stages[-1].end for stage in stages]
-            ours = [times.get((model, stage.patch, images, "ours"), math.nan) for stage in stages]
-            cost = sum(share * ms for share, ms in zip(shares, ours, strict=True))
-            if not math.isnan(cost):
-                official = times.get((model, 1, images, "official"), math.nan)
-                lines.append(f"| {model} | {images} | {levels} | {cost / ours[-1]:.3f} | {cost / official:.3f} |")
-    return "\n".join(lines)
-
-
-def shown(cell: dict[str, Any], name: str) -> str:
-    """Return a figure of a cell as the table shows it; a dash where there is none."""
-    if "error" in cell:
-        return ("out of memory" if cell["out_of_memory"] else "failed") if name == "median_ms" else "-"
-    figure = cell.get(name)
-    if figure is None:
-        return "-"
-    digits = {"median_ms": 2, "peak_gib": 1}.get(name, 0)
-    return f"{figure:.{digits}f}"
-
-
-def plot(cells: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the time of a step over the patch: a panel for each model, a colour for each number of images."""
-    done = [cell for cell in cells if "error" not in cell]
-    models = [name for name in SIZES if any(cell["model"] == name for cell in done)]
-    figure, panels = plt.subplots(
-        1, len(models), figsize=(4.5 * len(models) + 1, 4.2), layout="constrained", squeeze=False, sharey=True
-    )
-    for axes, model in zip(panels[0], models, strict=True):
-        own = [cell for cell in done if cell["model"] == model]
-        for colour, images in enumerate(sorted({cell["images"] for cell in own})):
-            for formulation, style in (("official", "x--"), ("ours", "o-")):
-                line = {c["patch"]: c["median_ms"] for c in own if key_of(c)[2:] == (images, formulation)}
-                patches = sorted(line, reverse=True)
-                label = f"{images} images, {formulation}"
-                axes.plot(patches, [line[p] for p in patches], style, color=f"C{colour}", markersize=5, label=label)
-                if formulation == "ours" and 1 in line:
-                    ideal = [line[1] / p**2 for p in patches]
-                    axes.plot(patches, ideal, ":", color=f"C{colour}", linewidth=0.8)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.invert_xaxis()
-        axes.set_xticks(sorted({cell["patch"] for cell in own}), sorted({cell["patch"] for cell in own}))
-        axes.set_title(model)
-        axes.set_xlabel("patch")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-    panels[0][0].set_ylabel("ms a step (dotted: patch 1 over K)")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def listed(kind: type, text: str) -> list[Any]:

@@ -55,7 +55,7 @@ from reference.training.processes import (
 from reference.training.step import Progress, TrainStep
 
 EXPECTED = {errno.ENOSPC, errno.EDQUOT, errno.EAGAIN}  # the disk is full, or another run is in the folder
-# Logits of an evaluation's batch: what a CPU's caches do not suffer from, and what keeps a GPU busy (512 MB in fp32).
+# How many logits a batch of an evaluation has: few enough for a CPU's caches, enough for a GPU (512 MB in fp32).
 EVALUATED_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
 
@@ -216,7 +216,7 @@ class Run:
         dtype = torch.bfloat16 if self.trainer.config.precision == "autocast" else torch.float32
         num_tokens = math.prod(self.test_data.grid)
         batch_size = max(1, EVALUATED_LOGITS[self.device.type] // (num_tokens * self.test_data.vocab_size))
-        # Compiled for training: evaluation would compile it once more, for less time than that takes.
+        # The model is compiled for training. To compile it for evaluation too would take longer than it saves.
         with torch.compiler.set_stance("force_eager"):
             score = held_out_likelihood(self.model, self.test_data, batch_size=batch_size, dtype=dtype)
         return score.nats_per_token, score.standard_error * math.log(2) / num_tokens, "raw"

@@ -1,4 +1,7 @@
-"""What tests of comparisons share: outcomes that are made up, small data, and a stand-in for the feature network."""
+"""What tests of comparisons share: outcomes that are made up, small data, and a stand-in for the feature network.
+
+For test_claim.py, test_evidence.py and test_score.py.
+"""
 
 import numpy as np
 import torch

@@ -1,4 +1,7 @@
-"""The comparison of one fuzzed result: with fp64, by the error budget, infinities and NaN included."""
+"""The comparison of one fuzzed result: with fp64, by the error budget, infinities and NaN included.
+
+fuzz_losses.py, fuzz_linear.py and fuzz_means.py end with it.
+"""
 
 import torch
 

@@ -1,4 +1,7 @@
-"""What a case for the loss on hidden states must come out as; its logits are products, whose rounding eager has too."""
+"""What the loss on hidden states must return for a case; its logits are products, which eager PyTorch rounds too.
+
+test_fuzz.py calls it for each case that fuzz_cases.py makes up.
+"""
 
 import functools
 

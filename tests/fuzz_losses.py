@@ -1,4 +1,4 @@
-"""What a case for a loss on logits must come out as: the reference in fp64, with eager PyTorch's error as the measure.
+"""What a loss on logits must return for a case: the reference in fp64, with eager PyTorch's error as the measure.
 
 Rows with a NaN or a positive infinity, and rows that are -inf throughout, are broken: what comes of them is NaN, as
 with `F.cross_entropy`, and nothing of it may reach another row.

@@ -1,4 +1,7 @@
-"""What a case for the means, the functions on ids and the segments must come out as."""
+"""What the means, the functions on ids and the segments must return for a case.
+
+test_fuzz.py calls it for each case that fuzz_cases.py makes up.
+"""
 
 import math
 from unittest import mock

@@ -56,6 +56,10 @@ WIDE = "tests/test_patch_cross_entropy.py::test_three_rows_of_three_blocks"
 SLICE = "tests/test_patch_cross_entropy.py::test_the_gradient_of_a_slice_follows_from_the_scores_of_the_whole"
 FREQUENT = "tests/test_group_mean.py::test_frequent_ids_in_many_small_chunks"
 MESSAGES = ["tests/test_error_messages.py"]
+TRANSFORMERS = [
+    f"tests/test_transformers_{story}.py" for story in ("families", "layers", "batches", "apply", "training")
+]
+LLAMAGEN = ["tests/test_llamagen.py", *(f"tests/test_llamagen_{story}.py" for story in ("layers", "apply", "training"))]
 TESTS = {
     "grouping": ["tests/test_grouping.py", *MESSAGES],
     "schedule": ["tests/test_schedule.py", *MESSAGES],
@@ -90,12 +94,12 @@ TESTS = {
     "embeddings.segments": ["tests/test_segments.py", *MEAN],
     "integrations._layers": ["tests/test_layers.py", *MESSAGES],
     "integrations._packed": ["tests/test_packed.py"],
-    "integrations._transformers_batch": ["tests/test_transformers.py"],
-    "integrations._transformers_examine": ["tests/test_transformers.py"],
-    "integrations.transformers": ["tests/test_transformers.py"],
+    "integrations._transformers_batch": TRANSFORMERS,
+    "integrations._transformers_examine": TRANSFORMERS,
+    "integrations.transformers": TRANSFORMERS,
     "integrations.transformers_trainer": ["tests/test_transformers_trainer.py"],
     "integrations.lightning": ["tests/test_lightning.py"],
-    "integrations.llamagen": ["tests/test_llamagen.py"],
+    "integrations.llamagen": LLAMAGEN,
     "integrations.torchtitan": ["tests/test_torchtitan.py"],
     "integrations._torchtitan_losses": ["tests/test_torchtitan.py"],
 }  # fmt: skip

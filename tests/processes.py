@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def environment(device="cpu"):
-    # As many threads as here: in another number, sums on the CPU end in other bits.
+    # As many threads as here: with another number, sums on the CPU end in other bits.
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return variables if device == "cuda" else variables | {"CUDA_VISIBLE_DEVICES": ""}
 

@@ -1,4 +1,7 @@
-"""Small made-up image files in the formats that the loaders read."""
+"""Small made-up image files in the formats that the loaders read.
+
+For test_codes.py and test_tokenizer.py.
+"""
 
 import gzip
 from pathlib import Path

@@ -15,7 +15,7 @@ from bench.cases.contenders import CONTENDERS, Contender
 from bench.cases.inputs import make_inputs, real_tokens, spread, uniform_tokens
 from bench.cases.oracle import RejectedError, check_result, errors, expected
 from bench.cases.shapes import OPERATIONS, Workload, selection
-from bench.reporting import readme
+from bench.reporting import readme, sections
 from bench.reporting.goals import goals, goals_table
 from bench.reporting.records import Journal, Record, Refusal, Results, measured_already, read_results
 from bench.reporting.report import write_report
@@ -394,7 +394,7 @@ def test_gains_are_read_from_the_results():
     assert "| peak memory of a step of XXL, patch 1 | - | - | **-** | - |" in table  # not measured
     assert "| `patch_cross_entropy`, patch 4 | - | - | **-** | - |" in table
     assert len(table.splitlines()) <= 2 + 12
-    assert doctest.testmod(readme).failed == 0
+    assert doctest.testmod(readme).failed == doctest.testmod(sections).failed == 0
 
 
 def test_a_gain_of_an_operation_is_on_the_best_of_all_others():
@@ -423,7 +423,7 @@ def test_readme_sections_are_filled_and_stay_as_they_are_the_second_time():
     [
         ("nothing here", "found none"),
         ("<!-- results:speed --><!-- /results:speed -->", "expected one of origin, gains"),
-        ("<!-- results:gains -->", "expected the marker <!-- /results:gains -->"),
+        ("<!-- results:gains -->", "results:gains: expected the markers .* and <!-- /results:gains -->"),
     ],
 )
 def test_readme_markers_that_are_wrong_are_named(page, message):

@@ -1,7 +1,18 @@
+"""Checks that operations share: the switch in the environment, modules in the place of their weights, shared memory."""
+
 import pytest
 import torch
 
+from npp_kernels import group_mean, linear_patch_cross_entropy
 from npp_kernels._checks import read_switch, rows_overlap
+
+
+def test_a_module_in_the_place_of_its_weight():
+    groups = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"^table: expected a torch.Tensor, got Embedding: pass module\.weight"):
+        group_mean(torch.nn.Embedding(8, 4), groups)
+    with pytest.raises(TypeError, match=r"^weight: expected a torch.Tensor, got Linear: pass module\.weight"):
+        linear_patch_cross_entropy(torch.zeros(2, 4), torch.nn.Linear(4, 8), groups)
 
 
 @pytest.mark.parametrize("word", ["1", "true", "True", "YES", "on", " 1 "])

@@ -172,7 +172,7 @@ def train_one_after_the_other(folder, *others):
     return counters["stats"]["unique_graphs"] - before
 
 
-# As in test_train: Dynamo looks at .grad of all that goes into a compiled block.
+# As in test_train_step: Dynamo looks at .grad of all that goes into a compiled block.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_runs_share_what_is_compiled(tmp_path, monkeypatch):
     eager = functools.partial(torch.compile, backend="aot_eager")  # quick, and traced like any other
@@ -215,6 +215,6 @@ def test_first_run_without_a_feature_network(tmp_path, monkeypatch, capsys):
     config = replace(PRESETS["tiny"], output=str(tmp_path))
     assert first_run.observer_of_samples(config, 10, torch.device("cpu")) is None
     assert "samples are not scored: the Fréchet distance needs a feature network: pip" in capsys.readouterr().out
-    assert "pip install -e .[score]" in first_run.distances(tmp_path)
+    assert "pip install -e '.[score]'" in first_run.distances(tmp_path)
     assert first_run.observer_of_samples(config, 0, torch.device("cpu")) is None
     assert capsys.readouterr().out == ""

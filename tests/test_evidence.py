@@ -211,7 +211,7 @@ def test_samples_are_scored_once(tmp_path, few, monkeypatch):
     assert Journal(tmp_path / "scored" / "samples.jsonl").entries[:3] == before
 
 
-# As in test_train: Dynamo looks at .grad of all that goes into a compiled block.
+# As in test_train_step: Dynamo looks at .grad of all that goes into a compiled block.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_scores_while_a_run_trains_change_nothing(name, tmp_path, few):

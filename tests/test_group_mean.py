@@ -1,3 +1,5 @@
+"""`group_mean` on every device: values and gradients within the budget, reproducible, and the order made ahead."""
+
 import pytest
 import torch
 import torch.nn.functional as F

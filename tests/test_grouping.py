@@ -1,3 +1,5 @@
+"""`group_tokens` and `ungroup_tokens`: the order of torch's unfold, every number of axes, and what is refused."""
+
 import einops
 import pytest
 import torch

@@ -1,3 +1,5 @@
+"""The loss on hidden states: its chunks, options and gradients against the reference, autocast, and its memory."""
+
 import math
 from functools import partial
 from importlib import import_module

@@ -1,3 +1,5 @@
+"""The `torch.nn` modules: what they keep, move and save, and that they compute what the functions compute."""
+
 import inspect
 
 import pytest

@@ -1,3 +1,5 @@
+"""The loss on logits: options, shapes, gradients in place, masks and wide rows, against the reference in fp64."""
+
 import pytest
 import torch
 import torch.nn.functional as F

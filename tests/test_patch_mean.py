@@ -1,3 +1,5 @@
+"""`patch_mean` on every device: values and gradients within the budget, strides, infinities, and errors."""
+
 import einops
 import pytest
 import torch

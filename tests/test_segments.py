@@ -1,3 +1,5 @@
+"""The positions of each id, in a stable order: both ways to sort, on kernels, against torch's stable sort."""
+
 import pytest
 import torch
 

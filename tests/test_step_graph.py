@@ -321,6 +321,7 @@ def test_without_a_gpu_the_function_runs_as_it_is():
         (ValueError, "warmup: expected at least 2, got 1", lambda: StepGraph(abs, warmup=1)),
         (ValueError, "max_graphs: expected at least 1, got 0", lambda: StepGraph(abs, max_graphs=0)),
         (TypeError, "optimizers: expected torch.optim.Optimizer, got int", lambda: StepGraph(abs, optimizers=[1])),
+        (TypeError, "optimizers: .* got Linear", lambda: StepGraph(abs, optimizers=torch.nn.Linear(2, 2))),
         (TypeError, "argument 1: expected a tensor, got int", lambda: StepGraph(abs)(torch.ones(1), 2)),
         (
             ValueError,

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from reference import step_time
+from reference.comparison import step_report
 
 FIXED = ["--images", "2", "--steps", "2", "--vocab-size", "64", "--grid", "4", "--compile", "off"]
 
 
 def test_docstrings_run():
-    assert doctest.testmod(step_time).failed == 0
+    results = doctest.testmod(step_report)
+    assert (results.attempted, results.failed) == (4, 0)
 
 
 def test_a_cell_that_fails_does_not_stop_the_table(tmp_path, capsys):

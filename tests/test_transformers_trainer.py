@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.processes import environment
-from tests.test_transformers import VOCAB_SIZE, llama
+from tests.transformers_models import VOCAB_SIZE, llama
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

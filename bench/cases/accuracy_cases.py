@@ -1,4 +1,7 @@
-"""The cases in which errors are measured: offsets, confidence, dtypes, vocabularies, options."""
+"""The cases in which errors are measured: offsets, confidence, dtypes, vocabularies, options.
+
+`bench.accuracy` measures each; `bench.reporting.accuracy_page` has a column or a row for each.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The tensors of a workload: real or uniform tokens, peaky logits, and a copy of what a contender may overwrite."""
+"""The tensors of a workload: real or uniform tokens, peaky logits, and a copy of what a contender may overwrite.
+
+`bench.timing.measure` makes them, and `bench.cases.oracle` compares what contenders make of them.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +103,7 @@ def make_inputs(workload: Workload, device: torch.device, dtype: torch.dtype) ->
             upstream /= groups.numel()
     if workload.operation == "patch_cross_entropy":
         logits = normal(workload.rows, workload.vocab_size).mul_(2)
-        # Written, not added: a patch of one id many times over would else be all but certain, and its gradient zero.
+        # Written, not added up: a patch that has one id many times would be all but certain, with a gradient of zero.
         logits.scatter_(1, groups, logits.gather(1, groups) + LEAD / workload.patch)
         leaves: tuple[Tensor, ...] = (logits.to(dtype),)
     elif workload.operation == "linear_patch_cross_entropy":

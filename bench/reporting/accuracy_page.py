@@ -1,4 +1,7 @@
-"""The tables of ``docs/accuracy.md``: every figure of them from the records."""
+"""The tables of ``docs/accuracy.md``: every figure of them from the records.
+
+`bench.accuracy` calls it, after measuring or for results made before.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 
 from bench.cases.accuracy_cases import GAPS, LINEAR, LOSS, MEAN, OFFSETS, OURS, PYTORCH
 from bench.reporting.accuracy_records import Record
+from bench.reporting.sections import fill_section
 from bench.reporting.tables import markdown_table
 
 HOPPER_ROWS = 4096
@@ -145,15 +149,10 @@ def section(about: dict[str, Any], records: Sequence[Record]) -> str:
 
 
 def fill_page(page: Path, about: dict[str, Any], records: Sequence[Record]) -> None:
-    """Write a section between its markers, ``<!-- results:KIND -->`` and ``<!-- /results:KIND -->``.
+    """Write a section into the page, between the markers of its kind of device.
 
     Raises:
         ValueError: the page has no such markers.
     """
     text = page.read_text(encoding="utf-8")
-    start, end = f"<!-- results:{about['kind']} -->", f"<!-- /results:{about['kind']} -->"
-    before, found_start, rest = text.partition(start)
-    _, found_end, after = rest.partition(end)
-    if not found_start or not found_end:
-        raise ValueError(f"{page}: expected the markers {start} and {end}")
-    page.write_text(f"{before}{start}\n{section(about, records)}\n{end}{after}", encoding="utf-8")
+    page.write_text(fill_section(text, about["kind"], section(about, records)), encoding="utf-8")

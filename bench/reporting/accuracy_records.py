@@ -1,4 +1,7 @@
-"""Errors that were measured, and their file."""
+"""One record for each error that was measured, and the file in ``bench/results/`` that keeps them.
+
+`bench.accuracy` writes them; `bench.reporting.accuracy_page` makes its tables of them.
+"""
 
 from __future__ import annotations
 

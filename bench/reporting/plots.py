@@ -1,4 +1,7 @@
-"""Results as pictures: throughput and memory at every stage, the share of the limit, and the ratio to each peer."""
+"""Results as pictures: throughput and memory at every stage, the share of the limit, and the ratio to each peer.
+
+`bench.reporting.report` draws them for its page.
+"""
 
 from __future__ import annotations
 

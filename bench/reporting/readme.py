@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from bench.reporting.pictures import idea_picture, step_picture
 from bench.reporting.records import Record, Results, read_results
+from bench.reporting.sections import fill_section
 from bench.reporting.tables import OURS, best, markdown_table
 from npp_kernels import PatchSchedule
 
@@ -176,9 +177,7 @@ SECTIONS: dict[str, Callable[[Results, Steps], str]] = {"origin": origin, "gains
 
 
 def fill_sections(text: str, results: Results, steps: Steps) -> str:
-    """Write each section of results between its markers; the rest of the text stays as it is.
-
-    The markers are ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``, with a NAME of `SECTIONS`.
+    """Write each section of `SECTIONS` that the text has markers of; the rest stays as it is.
 
     Raises:
         ValueError: a marker has no end or names no section, or there is none at all.
@@ -189,12 +188,7 @@ def fill_sections(text: str, results: Results, steps: Steps) -> str:
     for name in names:
         if name not in SECTIONS:
             raise ValueError(f"results:{name}: expected one of {', '.join(SECTIONS)}")
-        start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
-        before, _, rest = text.partition(start)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(f"results:{name}: expected the marker {end} after it, found none")
-        text = f"{before}{start}\n{SECTIONS[name](results, steps)}\n{end}{after}"
+        text = fill_section(text, name, SECTIONS[name](results, steps))
     return text
 
 

@@ -1,4 +1,7 @@
-"""The report of one run: a page of tables, and the plots it shows."""
+"""The report of one run: a page of tables, and the plots it shows.
+
+``python -m bench`` writes it after a run, and ``python -m bench report`` from results made before.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +39,13 @@ def write_report(results: Results, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     plots = plot_all(results, folder)
     parts = ["# Benchmarks of npp_kernels", provenance(results), METHOD, "## Every stage", summary_table(results)]
-    parts += [f"![]({path.name})" for path in plots[:2]]
+    parts += [_picture(path) for path in plots[:2]]
     for operation in OPERATIONS:
         tables = operation_tables(operation, results)
         if not tables:
             continue
         parts.append(f"## {TITLES[operation]}")
-        parts += [f"![]({path.name})" for path in plots if path.name.startswith(f"{operation}-")]
+        parts += [_picture(path) for path in plots if path.name.startswith(f"{operation}-")]
         parts.append(tables)
         if operation == "group_mean":
             parts += ["### Backward alone, index preparation included", backward_table(results)]
@@ -54,3 +57,7 @@ def write_report(results: Results, folder: Path) -> Path:
     page = folder / "report.md"
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
+
+
+def _picture(path: Path) -> str:
+    return f"![{path.stem.replace('-', ' ')}]({path.name})"

@@ -1,4 +1,7 @@
-"""Results as Markdown: the tables of the report, every figure of them from the records."""
+"""Results as Markdown: the tables of the report, every figure of them from the records.
+
+`bench.reporting.report` puts them together; other pages take `markdown_table` and the choice of the best from here.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +107,7 @@ def operation_tables(operation: str, results: Results) -> str:
     parts = []
     for (model, grid, tokens, direction), chosen in groups_of(records).items():
         about = ", ".join(part for part in (f"{tokens} tokens" if tokens != "none" else "", chosen[0].dtype) if part)
-        parts.append(f"#### {model}, {grid}, {PASSES[direction]} ({about})")
+        parts.append(f"### {model}, {grid}, {PASSES[direction]} ({about})")
         parts.append("Median time in ms, ± half the interquartile range")
         parts.append(stage_table(chosen, _time_and_spread))
         parts.append("Share of the limit")
@@ -116,7 +119,7 @@ def operation_tables(operation: str, results: Results) -> str:
             parts.append(stage_table(chosen, lambda r: f"{size(r.peak_bytes)}, {size(r.gradient_bytes)}"))
     special = [record for record in records if record.reduction != "mean"]
     if special:
-        parts.append('#### `reduction="none"`: a gradient of its own for every target, forward + backward')
+        parts.append('### `reduction="none"`: a gradient of its own for every target, forward + backward')
         parts.append("Median time in ms, and the share of the limit (logits read twice, gradient written once)")
         parts.append(stage_table(special, lambda r: f"{milliseconds(r.median)}, {r.share_of_limit:.2f}"))
     return "\n\n".join(parts)

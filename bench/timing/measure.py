@@ -1,4 +1,7 @@
-"""The measurement of one workload: its inputs made, its contenders checked, those that passed timed in turn."""
+"""The measurement of one workload: its inputs made, its contenders checked, those that passed timed in turn.
+
+`bench.timing.session` asks for it once for each workload.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One benchmark session: its device, the machine's description, and the workloads measured as tests ask for them."""
+"""One benchmark session: its device, the machine's description, and the workloads measured as tests ask for them.
+
+`bench.conftest` makes the session, and `bench.test_operations` asks it for each contender's result.
+"""
 
 from __future__ import annotations
 

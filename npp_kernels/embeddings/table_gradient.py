@@ -223,7 +223,7 @@ def _launch_few_ids(
         -1 if ignore_index is None else ignore_index,
         GROUP_SIZE=groups.shape[1],
         HAS_IGNORED=counts is not None,
-        BLOCK_IDS=FEW_IDS,  # whatever their number: compiled code for any size would be compiled for one
+        BLOCK_IDS=FEW_IDS,  # not their number: code compiled for any number would be compiled again
         BLOCK_HIDDEN=block_hidden,
         num_warps=1,
     )

@@ -1,4 +1,7 @@
-"""What the kernels of `group_mean` compute, in PyTorch: for the CPU, and for float64 on any device."""
+"""What the kernels of `group_mean` compute, in PyTorch: for the CPU, and for float64 on any device.
+
+`group_mean` calls it where `_dispatch` says that no kernel runs.
+"""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def _score_exponentials_kernel(
     )
     weights *= class_weights
     equal_weights = sum_equal_weights(groups_row, targets, weights, slots, GROUP_SIZE, BLOCK_SLOTS, BLOCK_OTHERS)
-    # F = E - c / q has no value for q = 0, to which the two may add up; 2^-20 of them is no error.
+    # F = E - c / q has no value where the two terms of q add up to 0; 2^-20 of their size in its place is no error.
     least = tl.sum(tl.abs(weights), axis=0) / divisor * 9.5367431640625e-07
     softmax_weight = tl.where(tl.abs(softmax_weight) < least, least, softmax_weight)
     scale = softmax_weight / total

@@ -38,7 +38,7 @@ IDLE_PROGRAMS = 8
 # Left to itself NVIDIA's compiler takes 80 registers for 16 and 64 targets, so that three programs run at a time in
 # place of four: 27.4 µs in place of 23.7 for 1,024 rows, K = 16. For more targets 64 are too few, for fewer no gain.
 LIMITED_SLOTS = range(5, 65)
-LIMITED_RAGGED_SLOTS = range(2, 5)  # by estimate: 73 registers in place of 64, which rows that are not ragged take
+LIMITED_RAGGED_SLOTS = range(2, 5)  # by estimate: ragged rows would take 73 registers, where others take 64
 MAX_REGISTERS = 64
 
 

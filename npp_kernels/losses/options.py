@@ -1,4 +1,7 @@
-"""What a caller may ask of a loss: the options, their checks, and the statistics that come back."""
+"""What a caller may ask of a loss: the options, their checks, and the statistics that come back.
+
+Both losses and their modules take a `LossOptions` from here, and return `PatchLossStats`.
+"""
 
 from __future__ import annotations
 

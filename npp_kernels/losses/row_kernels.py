@@ -97,7 +97,7 @@ def _register_row_kernel(
         raw_edges = tl.load(logits_row + edge_ids, mask=edge_mask, other=float("-inf")).to(tl.float32)
         edges = tl.where(edge_mask, capped(raw_edges, softcap), float("-inf"))
     mask = offsets < tile_size
-    if EVEN:  # the compiler drops a mask that it knows to be true: there are more instructions than time for them
+    if EVEN:  # the compiler drops a mask that it knows to be true; instructions, not bytes, are the limit here
         mask = tl.full(offsets.shape, True, tl.int1)
     raw = tl.load(tile_row + offsets, mask=mask, other=float("-inf")).to(tl.float32)
     targets = tl.load(groups_row + slots, mask=slots < GROUP_SIZE, other=0).to(tl.int64)
@@ -139,7 +139,7 @@ def _register_row_kernel(
             rest += tl.sum(tl.where(edge_exponentials < 1.0, edge_exponentials, 0.0), axis=0)
         log_total = log1p(rest)
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()  # for the counting of targets, which comes before; nothing is stored until here
+        tl.extra.cuda.gdc_wait()  # until the launch before has counted the targets; nothing is stored until here
     place = (row, tl.cast(rows_stride, tl.int64), slots)
     statistics = (maximum, rest, log_total, anchor, shortfall)
     distances = maximum - target_logits

@@ -1,9 +1,9 @@
 """Rows of logits in memory: how far apart ours are, and which part of one that starts anywhere is loaded wide.
 
-A thread loads 16 bytes at a time where the compiler knows that an address is a multiple of 16. Of a row that starts or
-ends elsewhere most is still made of whole groups of 16 bytes: its aligned part. Fewer than 16 bytes stand before it and
-behind it, its edges, which a kernel takes as one more, small tile, element by element. Nothing outside of the row is
-read or written: its neighbours belong to other programs.
+A thread loads 16 bytes at a time where the compiler knows that an address is a multiple of 16. Most of a row
+that starts or ends elsewhere is still made of whole groups of 16 bytes: its aligned part. What stands before and behind
+that, fewer than 16 bytes each, are its edges. A kernel takes them as one more, small tile, element by element. Nothing
+outside of the row is read or written: its neighbours belong to other programs.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
                                                    smoothing and statistics)
 
 Two of the three numbers tell whether all ranks have the same targets. With statistics the ids of the largest logits
-take a third one, of N numbers. The gradient of a slice of logits needs nothing from the other ranks:
+take a third all-reduce, of N numbers. The gradient of a slice of logits needs nothing from the other ranks:
 docs/vocabulary_parallel.md has the mathematics.
 """
 
@@ -54,7 +54,7 @@ def _find_first(measures: Measures, own: Tensor, shard: VocabularyShard) -> None
     assert measures.predictions is not None
     measures.predictions.masked_fill_(own[BEFORE_CAP] != measures.maxima[BEFORE_CAP], shard.vocab_size)
     shard.all_reduce(measures.predictions, "min")
-    # Nobody's, where all is NaN, or -inf: then the first, as with the whole vocabulary on one rank.
+    # No rank has one where all logits are NaN or -inf: then the first id, as on one rank with the whole vocabulary.
     measures.predictions.masked_fill_(measures.predictions == shard.vocab_size, 0)
 
 

@@ -1,7 +1,7 @@
 """Device functions on the targets of one row: who counts, with which weight, and what that makes of its gradient.
 
-A kernel loads the ids of its row itself, and hands them on: torch.compile takes a pointer that goes into a function
-from which an address comes out for one that is written to.
+A kernel loads the ids of its row itself and hands on the ids, not the pointer: torch.compile believes that a pointer is
+written to where it goes into a function that returns an address.
 """
 
 import triton

@@ -98,7 +98,7 @@ def _rest_of(exponentials: Tensor) -> Tensor:
     rest = exponentials.sum(1) - 1
     sure = rest < 1  # which NaN is not
     if sure.any():
-        # To leave out what is 1 by a threshold takes a fifth of the time of a mask.
+        # A threshold leaves out what is 1 in a fifth of the time that a mask takes.
         rest[sure] = F.threshold(exponentials[sure].neg_(), -1, 0).sum(1).neg_()
     return rest
 
@@ -114,7 +114,7 @@ def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
     settings = targets.settings
     counted = targets.groups != settings.ignore_index
     ids = _ids(targets, counted)
-    # To find where the maximum is takes longer than its exponentials: it is done only where values may not decide.
+    # Finding the place of the maximum takes longer than the exponentials: only where asked, or where none may look.
     indexed = scores.predictions is not None or not _may_look(logits)
     distances = torch.empty(ids.shape, dtype=wide, device=logits.device)  # of the targets, below the maximum
     smooth = torch.empty_like(scores.rows[REST]) if settings.label_smoothing is not None else None
@@ -124,14 +124,14 @@ def torch_loss(logits: Tensor, targets: Targets, scores: Scores) -> None:
         z = _capped(logits[chunk], targets, wide)
         maximum, arg_max = z.max(1, keepdim=True) if indexed else (z.amax(1, keepdim=True), None)
         distances[chunk] = maximum - z.gather(1, ids[chunk])
-        # The last chunk's memory again where that may be: fresh memory takes longer than to fill it.
+        # Reuse the last chunk's memory where possible: getting fresh memory takes longer than filling it.
         below = torch.sub(z, maximum, out=None if indexed or below is None else below[: len(z)])
         if smooth is not None:
             smooth[chunk] = below.mean(1) if by_id is None else below @ by_id
         if arg_max is None:
             rest = _rest_of(below.exp_())
         else:
-            # One maximum must not round the others away; where it is infinite or NaN, so is what comes of it.
+            # The one maximum must not round the others away. Where it is infinite or NaN, the sum becomes NaN too.
             exponentials = torch.exp(below).scatter_(1, arg_max, 0)
             rest = exponentials.sum(1) + (maximum - maximum).squeeze(1)
         scores.rows[MAXIMUM, chunk] = maximum.squeeze(1)
@@ -208,7 +208,7 @@ def torch_sums(logits: Tensor, targets: Targets, shard: VocabularyShard, own: Te
         maximum = measures.maxima[MAXIMUM_LOGIT, chunk].unsqueeze(1)
         below = z - maximum
         exponentials = torch.exp(below)
-        # The maximum is left out of the sum, by the ranks that have it, and counted: all but one are added again.
+        # Ranks that hold the maximum leave it out of their sums and count it; all but one of them are added again.
         holds = own[MAXIMUM_LOGIT, chunk].unsqueeze(1) == maximum
         arg_max = z.argmax(1, keepdim=True)
         exponentials.scatter_(1, arg_max, exponentials.gather(1, arg_max).masked_fill_(holds, 0))
@@ -286,7 +286,7 @@ def torch_gradient(logits: Tensor, grad: Tensor, targets: Targets, scores: Score
         z = _capped(logits[chunk], targets, wide)
         at_ids, weights = ids[chunk], at_targets[chunk]
         sure = (z.gather(1, at_ids) == maxima[chunk]) & (rests[chunk] < 1)
-        # The gradient's own memory where that has its dtype; the logits there, if any, have been read by then.
+        # Into the gradient's own memory where that has the dtype; if the logits are there, they have been read by then.
         out = grad[chunk] if looks and grad.dtype == wide and settings.softcap is None else None
         dz = torch.sub(z, maxima[chunk], out=out).exp_().mul_(scale[chunk])
         others = weights.masked_fill(sure & mine[chunk], 0).sum(1, keepdim=True)

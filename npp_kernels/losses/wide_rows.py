@@ -197,7 +197,7 @@ def _wide_row_kernel(
             edges_below = tl.where(edge_mask, anchor - edges, 0.0)
             shortfall += tl.sum(times_class_weights(edges_below, class_weight_ptr, edge_ids, edge_mask), axis=0)
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()  # for the counting of targets, which comes before; nothing is stored until here
+        tl.extra.cuda.gdc_wait()  # until the launch before has counted the targets; nothing is stored until here
     place = (row, tl.cast(rows_stride, tl.int64), slots)
     statistics = (maximum, rest, log_total, anchor, shortfall)
     distances = maximum - target_logits

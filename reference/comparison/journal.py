@@ -1,4 +1,7 @@
-"""A journal of measurements: one JSON line for each, forced to disk, so that a killed run knows what it has."""
+"""A journal of measurements: one JSON line for each, forced to disk, so that a killed run knows what it has.
+
+`reference.claim`, `reference.language` and the scores of samples write one, and go on from it.
+"""
 
 from __future__ import annotations
 

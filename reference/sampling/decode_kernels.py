@@ -236,7 +236,7 @@ def embed(ids: Tensor, labels: Tensor, position: Tensor, tables: tuple[Tensor, T
     num_rows, dim = out.shape
     block = min(next_power_of_2(dim), EMBED_BLOCK)
     grid = (num_rows, cdiv(dim, block))
-    # Not early: what is ahead of it, another graph's last kernel or PyTorch's, does not say when it may start.
+    # Not early: the kernel ahead of it, another graph's last one or PyTorch's, does not signal when this may start.
     launch(
         _embed_kernel, grid, ids, labels, position, tokens, classes, out, len(ids), DIM=dim, BLOCK=block, early=False
     )

@@ -1,8 +1,8 @@
 """One token of every image in a few launches: `reference.sample`'s step, by kernels.
 
-Of `Transformer.decode` and what follows it, this computes the same numbers, up to the order of sums. What differs is
-where they lie in between: per layer five launches (six where attention is split), and for embedding, output layer,
-choice and the next position four. docs/sampling.md counts the bytes.
+It computes the numbers of `Transformer.decode` and of what follows it, up to the order of sums, in fewer launches: five
+for each layer (six where attention is split), and four for the embedding, the output layer, the choice of an id and the
+next position. docs/sampling.md counts the bytes.
 """
 
 from __future__ import annotations

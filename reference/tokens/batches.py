@@ -1,4 +1,7 @@
-"""The batches of a run, each from its step and the seed alone."""
+"""The batches of a run, each from its step and the seed alone.
+
+`reference.train` takes each step's batch from here, so that a run that is resumed sees what it would have seen.
+"""
 
 from __future__ import annotations
 

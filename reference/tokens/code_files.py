@@ -1,4 +1,7 @@
-"""LlamaGen's code directories: a file of codes and one of the label for each image. Each error names its file."""
+"""LlamaGen's code directories: a file of codes and one of the label for each image. Each error names its file.
+
+`reference.tokens.codes` reads ``--data codes:DIR`` through it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Tokenized images in variants, whose draw depends on seed, epoch and image alone; and those that one array holds."""
+"""Tokenized images in variants, whose draw depends on seed, epoch and image alone; and those that one array holds.
+
+`reference.tokens.codes` makes them of every source, and `reference.tokens.batches` draws from them.
+"""
 
 from __future__ import annotations
 

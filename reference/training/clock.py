@@ -1,4 +1,7 @@
-"""The seconds that a run trains."""
+"""The seconds that a run has trained: without evaluations, and with set-up steps counted as long as later ones.
+
+`reference.train` logs them, and comparisons at equal seconds end a run by them.
+"""
 
 from __future__ import annotations
 

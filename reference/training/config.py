@@ -1,4 +1,7 @@
-"""What a training run is asked for: the paper's table as defaults, a preset for each size, the command line."""
+"""What a training run is asked for: the paper's table as defaults, a preset for each size, the command line.
+
+`reference.train` reads its command line with it; comparisons make a `TrainConfig` for each of their runs.
+"""
 
 from __future__ import annotations
 

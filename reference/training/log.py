@@ -1,4 +1,7 @@
-"""The log of a training run: one line for every report, in ``log.csv`` and in TensorBoard events."""
+"""The log of a training run: one line for every report, in ``log.csv`` and in TensorBoard events.
+
+`reference.train` writes it, and goes on with it after a stop.
+"""
 
 from __future__ import annotations
 

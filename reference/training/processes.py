@@ -1,4 +1,7 @@
-"""The processes of a training run: who takes part, that no other run uses its folder, and how a scheduler stops it."""
+"""The processes of a training run: who takes part, that no other run uses its folder, and how a scheduler stops it.
+
+`reference.train` and every command that runs for long begin with it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ STOPPED = 75
 # A killed run's reading processes keep its lock until they notice, which PyTorch lets them do every five seconds.
 LOCK_SECONDS = 15
 
-# What file systems without locks answer, as some that many machines share are set up.
+# What file systems without locks answer: some that many machines share are set up that way.
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 
 
@@ -45,7 +48,7 @@ def process_group() -> Iterator[torch.device]:
     if "RANK" not in os.environ:
         yield device
         return
-    # Who waits for an evaluation of the first process waits long; who is lost is the heartbeat's to say.
+    # Long, since the others wait while the first process evaluates. A lost process is found by the heartbeat.
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", timeout=timedelta(hours=2), device_id=device if on_gpu else None
     )

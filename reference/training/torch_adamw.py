@@ -1,4 +1,7 @@
-"""PyTorch's own AdamW: what the official code trains with, for comparison, and what sharded parameters take."""
+"""PyTorch's own AdamW: for comparison, since the official code trains with it, and for parameters that FSDP shards.
+
+`reference.training.step` takes it in the place of `FlatAdamW` for these two.
+"""
 
 from __future__ import annotations
 
