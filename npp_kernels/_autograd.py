@@ -53,6 +53,15 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a result of an autograd function in a dtype; itself where it has that.
+
+    `Tensor.to` returns the same tensor then, as an operation in place does. Where a result is that of two operations,
+    PyTorch 2.11 compiles the function to one whose gradient is zero.
+    """
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 Backward = Callable[..., Any]  # of an autograd function
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npp_kernels._autograd import as_rows, first_order_only, refuse_transforms, wants_backward
+from npp_kernels._autograd import as_rows, first_order_only, in_dtype, refuse_transforms, wants_backward
 from npp_kernels._checks import (
     FLOATING_DTYPES,
     check_floating,
@@ -75,7 +75,7 @@ class _GroupMean(torch.autograd.Function):
             counts = counts.to(wide)
             ignore_index = ELSEWHERE
             sums = sum_over_ranks(forward(table, groups, ignore_index, wide, divide=False)[0], shard)
-            out = (sums / counts.clamp(min=1).unsqueeze(1)).to(out_dtype)
+            out = in_dtype(sums / counts.clamp(min=1).unsqueeze(1), out_dtype)
         ctx.save_for_backward(groups, counts, *segments)
         ctx.ignore_index = ignore_index
         ctx.vocab_size = table.shape[0]

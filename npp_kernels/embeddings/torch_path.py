@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npp_kernels._autograd import in_dtype
 from npp_kernels.embeddings.segments import Segments
 
 
@@ -18,12 +19,12 @@ def torch_means(
     """`launch_means` in PyTorch: one slot of all groups at a time where no operation serves the whole."""
     num_groups, group_size = groups.shape
     if group_size == 1 and ignore_index is None:
-        return F.embedding(groups[:, 0], table).to(out_dtype), None
+        return in_dtype(F.embedding(groups[:, 0], table), out_dtype), None
     wide = torch.promote_types(table.dtype, torch.float32)
     # In 16 bit the operation rounds the sum before it divides; some of its code paths round every partial sum.
     if ignore_index is None and out_dtype == table.dtype == wide and num_groups:
         # Its mean takes longer than its sum and a division.
-        return F.embedding_bag(groups, table, mode="sum").div_(group_size), None
+        return _divided(F.embedding_bag(groups, table, mode="sum"), group_size), None
     ignored = None if ignore_index is None else groups == ignore_index
 
     def load_rows(slot: int) -> Tensor:
@@ -36,11 +37,16 @@ def torch_means(
     for slot in range(1, group_size):
         total += load_rows(slot)
     if not divide:
-        return total.to(out_dtype), None
+        return in_dtype(total, out_dtype), None
     if ignored is None:
-        return total.div_(group_size).to(out_dtype), None
+        return in_dtype(_divided(total, group_size), out_dtype), None
     counts = (~ignored).sum(1).to(wide)
-    return total.div_(counts.clamp(min=1).unsqueeze(1)).to(out_dtype), counts
+    return in_dtype(_divided(total, counts.clamp(min=1).unsqueeze(1)), out_dtype), counts
+
+
+def _divided(total: Tensor, divisor: int | Tensor) -> Tensor:
+    # Not in place where it is traced: see `in_dtype`.
+    return total / divisor if torch.compiler.is_compiling() else total.div_(divisor)
 
 
 def torch_segments(ids: Tensor, vocab_size: int, ignore_index: int | None) -> Segments:

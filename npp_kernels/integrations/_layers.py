@@ -94,7 +94,7 @@ def _difference(
         return f"a {name}"
     harmless = only_shards or (lambda function: False)
     # Offloading and adapters replace the forward of an instance.
-    replaced = "forward" in vars(module) and not harmless(vars(module)["forward"])
+    replaced = "forward" in module.__dict__ and not harmless(module.__dict__["forward"])  # torch 2.8 traces no `vars`
     if kind.forward is not expected.forward or kind.__call__ is not nn.Module.__call__ or replaced:
         return f"a {name} with a forward of its own"
     if hooks := [hook.removeprefix("_") for hook in _HOOKS if not all(map(harmless, getattr(module, hook).values()))]:

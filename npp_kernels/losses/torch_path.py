@@ -163,10 +163,10 @@ def _score_targets(
         losses = (1 - settings.label_smoothing) * losses + settings.label_smoothing * smooth.unsqueeze(1)
     if scores.probabilities is not None:
         probabilities = torch.exp(-nll).masked_fill(~counted, 0)
-        scores.probabilities.copy_(probabilities)
+        scores.probabilities[:] = probabilities
         losses = losses * probabilities
     if scores.losses is not None:
-        scores.losses.copy_(losses.masked_fill(~counted, 0))
+        scores.losses[:] = losses.masked_fill(~counted, 0)
     # A target that weighs nothing may have an infinite loss.
     if targets.slot_scale is None:
         loss = losses.masked_fill(~counted, 0).sum(1)
@@ -227,7 +227,7 @@ def torch_scores(targets: Targets, shard: VocabularyShard, measures: Measures, s
     rest = measures.rest + (measures.holders - 1)
     scores.rows[MAXIMUM], scores.rows[REST] = measures.maxima[MAXIMUM_LOGIT], rest
     if scores.predictions is not None and measures.predictions is not None and measures.weighted_sum is not None:
-        scores.predictions.copy_(measures.predictions)
+        scores.predictions[:] = measures.predictions
         scores.rows[ENTROPY] = torch.log1p(rest) - measures.weighted_sum / (1 + rest)
     smooth = None
     if measures.shortfall is not None:
