@@ -65,6 +65,7 @@ TESTS = {
     "schedule": ["tests/test_schedule.py", *MESSAGES],
     "modules": ["tests/test_modules.py", "tests/test_loss_options.py"],
     "step_graph": ["tests/test_step_graph.py", "tests/test_trainer_step.py", *MESSAGES],
+    "_recorder": ["tests/test_step_graph.py"],
     "vocabulary_shard": [*THREADS, *MESSAGES],
     "_checks": ["tests/test_checks.py", *MESSAGES, "tests/test_patch_cross_entropy.py", *MEAN],
     "_dispatch": ["tests/test_dispatch.py", *MEAN],

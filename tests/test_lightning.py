@@ -64,6 +64,12 @@ def test_a_learning_rate_that_is_a_tensor_stays_that_tensor():
         assert lr.item() == pytest.approx(0.5 * SCHEDULE.lr_factor(step, 2, 0.5, 0.2))
 
 
+def test_options_go_by_name():
+    assert PatchStages(schedule=SCHEDULE, warmup_steps=2).lr_options[0] == 2
+    with pytest.raises(TypeError, match="positional argument"):
+        PatchStages(SCHEDULE, 2)
+
+
 def test_bases_in_the_wrong_order():
     class Callback:
         def on_train_batch_start(self, *arguments):
