@@ -67,6 +67,12 @@ def adder():
     return step, total
 
 
+def test_only_cuda_is_captured():
+    devices = {kind: torch.device(kind) for kind in ("cpu", "cuda", "mps", "xpu")} | {"none": None}
+    train = StepGraph(lambda x: x)
+    assert [kind for kind, device in devices.items() if train._captures_on(device)] == ["cuda"]
+
+
 def test_every_call_trains_once_on_its_own_batch():
     step, total = adder()
     train, recorder = graph_of(step, [total])
