@@ -8,21 +8,22 @@ bfloat16, clipping and fused AdamW are those of its training script, the batch i
 
 Three modes: ``compile`` is `torch.compile` as the script has it, ``graph`` the same compiled model under
 `npp_kernels.StepGraph`, ``reduce-overhead`` `torch.compile(mode="reduce-overhead")`. Most of the time goes into
-compiling; ``--compile-ahead N`` does that first, in processes of their own, for the compiler's cache on disk. Each part
-is timed after its loss was compared with the official one's. The file is written after each; a part that fails or for
-which no time is left is written down as such, and the others go on.
+compiling; ``--compile-ahead N`` does that first, for the compiler's cache on disk. Each part runs in a process of its
+own, as a user's does: what a process has compiled and measured before may slow its host. It is timed after its loss was
+compared with the official one's. The file is written after each; a part that fails or for which no time is left is
+written down as such, and the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,7 @@ CONTENDERS = ("official", "patched")
 SIZES = {"B": (12, 12, 768), "L": (24, 16, 1024), "tiny": (2, 2, 64)}  # layers, heads, width
 SETTLING_STEPS = 10
 MIN_STEPS = 20
+PART_SECONDS = 60  # that the last part may take beyond the time limit
 # Of a process that compiles ahead: by itself each would start a process of the compiler's for every core.
 ALONE = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
@@ -208,25 +210,45 @@ def run_part(options: argparse.Namespace, contender: str, patch: int, mode: str)
     return cells
 
 
-def forget() -> None:
-    """Leave nothing of a part behind on the device."""
-    torch.compiler.reset()
-    gc.collect()  # the exception's frames, and the step's own cycles, hold the model
-    if torch.cuda.is_available():
-        torch.cuda.set_stream(torch.cuda.default_stream())
-        torch.cuda.empty_cache()
+Name = tuple[str, int, str]  # of a part: contender, patch, mode
 
 
-def compile_ahead(options: argparse.Namespace, parts: Sequence[tuple[str, int, str]], limit: float) -> None:
+def _command(options: argparse.Namespace, part: Name) -> list[str]:
+    words = ["--official", str(options.official), "--images", str(options.images), "--size", options.size]
+    words += ["--seconds", str(options.seconds), "--only", ":".join(map(str, part))]
+    return [sys.executable, "-m", "bench.trainer_step", *words]
+
+
+def run_apart(options: argparse.Namespace, part: Name, limit: float) -> list[dict[str, Any]]:
+    """Run a part in a process of its own; what ends it is written down."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cells.json"
+        try:
+            done = subprocess.run(
+                [*_command(options, part), "--json", str(path)],
+                timeout=limit,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            reason = f"ended with status {done.returncode}: {done.stderr[-500:]}"
+        except subprocess.TimeoutExpired:
+            reason = f"not over after {limit:.0f} s"
+        if path.exists():
+            cells: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+            return cells
+    contender, patch, mode = part
+    return [{"contender": contender, "patch": patch, "mode": mode, "error": reason}]
+
+
+def compile_ahead(options: argparse.Namespace, parts: Sequence[Name], limit: float) -> None:
     """Compile all parts at once, in processes of their own; what fails here fails again later, and is written down."""
 
-    def run(part: tuple[str, int, str]) -> None:
-        words = ["--official", str(options.official), "--images", str(options.images), "--size", options.size]
-        command = [sys.executable, "-m", "bench.trainer_step", *words, "--warm", "--only", ":".join(map(str, part))]
+    def run(part: Name) -> None:
         with suppress(subprocess.TimeoutExpired):
             subprocess.run(
-                command, timeout=limit, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
-                env=os.environ | ALONE,
+                [*_command(options, part), "--warm"], timeout=limit, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, check=False, env=os.environ | ALONE,
             )  # fmt: skip
 
     with ThreadPoolExecutor(options.compile_ahead) as pool:
@@ -268,7 +290,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path.insert(0, str(options.official))
     if options.only:
         contender, patch, mode = options.only.split(":")
-        run_part(options, contender, int(patch), mode)
+        cells = run_part(options, contender, int(patch), mode)
+        if options.json:
+            options.json.write_text(json.dumps(cells), encoding="utf-8")
         return 0
 
     started = time.monotonic()
@@ -277,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.compile_ahead:
         compile_ahead(options, parts, limit=options.time_limit / 2)
         print(f"{time.monotonic() - started:5.0f} s  compiled ahead", flush=True)
-    cells: list[dict[str, Any]] = []
+    cells = []
     on_gpu = torch.cuda.is_available()
     for contender, patch, mode in parts:
         seconds = time.monotonic() - started
@@ -286,8 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 {"contender": contender, "patch": patch, "mode": mode, "error": f"no time left after {seconds:.0f} s"}
             ]
         else:
-            new = run_part(options, contender, patch, mode)
-            forget()
+            new = run_apart(options, (contender, patch, mode), limit=options.time_limit - seconds + PART_SECONDS)
         for cell in new:
             outcome = cell.get("error") or f"{cell['median_ms']:.2f} ms, losses {cell['loss']}"
             print(
