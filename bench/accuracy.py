@@ -301,7 +301,7 @@ def main(arguments: list[str]) -> int:
     }  # fmt: skip
     cases = [case for case in cases_of(kind, quick=options.quick) if options.only in case.operation]
     partial = out.with_name(f"{out.name}.partial")
-    records = records_of_before(partial, about)
+    records = [record for record in records_of_before(partial, about) if record.case in cases]
     found = {record.case for record in records}
     for case in tqdm(cases, desc=f"accuracy on {name}", unit="case"):
         if case not in found:
