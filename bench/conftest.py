@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from bench.cases.contenders import absent_packages
-from bench.cases.shapes import Workload
 from bench.reporting.records import measured_already
 from bench.timing.session import Session, resolve_device
 
@@ -46,23 +45,21 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)  # after pytest's own -k and --deselect
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the workloads of which the journal has everything; the contenders of one are measured together."""
-    found = measured_already(config.getoption("--journal"))
-    left: dict[Workload, set[tuple[str, str, str]]] = {}
     cases: dict[pytest.Item, dict[str, Any]] = {
-        item: item.callspec.params for item in items if isinstance(item, pytest.Function) and _is_case(item)
+        item: item.callspec.params
+        for item in items
+        if isinstance(item, pytest.Function) and "workload" in item.fixturenames
     }
-    for case in cases.values():
-        workload: Workload = case["workload"]
-        entry = (workload.name, case["direction"], case["contender"])
-        left.setdefault(workload, set()).update({entry} - found)
-    done = [item for item, case in cases.items() if not left[case["workload"]]]
+    found = measured_already(config.getoption("--journal"))
+    unfinished = {
+        case["workload"]
+        for case in cases.values()
+        if (case["workload"].name, case["direction"], case["contender"]) not in found
+    }
+    done = {item for item, case in cases.items() if case["workload"] not in unfinished}
     if done:
-        config.hook.pytest_deselected(items=done)
+        config.hook.pytest_deselected(items=list(done))
         items[:] = [item for item in items if item not in done]
-
-
-def _is_case(item: pytest.Function) -> bool:
-    return hasattr(item, "callspec") and "workload" in item.callspec.params
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases.shapes import Workload
+from reference.comparison.journal import Journal as JsonLines
 
 WORKLOAD_FIELDS = (
     "operation",
@@ -101,33 +102,21 @@ class Journal:
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = _lines(path)
-        if lines:
-            made, here = _conditions(lines[0]["header"]), _conditions(header)
-            differing = [name for name in made if made[name] != here.get(name)]
-            if differing:
-                was, now = ({name: these.get(name) for name in differing} for these in (made, here))
-                raise ValueError(f"{path}: expected a journal of this machine and commit, {now}, got one of {was}")
-            lines.append({"continued": header["date"]})
-        else:
-            lines = [{"header": header}]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        self._lines = JsonLines(path)
+        if not self._lines.entries:
+            self._lines.add({"header": header})
+            return
+        made, here = _conditions(self._lines.entries[0]["header"]), _conditions(header)
+        differing = [name for name in made if made[name] != here.get(name)]
+        if differing:
+            was, now = ({name: these.get(name) for name in differing} for these in (made, here))
+            raise ValueError(f"{path}: expected a journal of this machine and commit, {now}, got one of {was}")
+        self._lines.add({"continued": header["date"]})
 
     def add(self, entry: Record | Refusal) -> None:
         """Append a record or a refusal."""
         kind = "record" if isinstance(entry, Record) else "refusal"
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({kind: asdict(entry)}) + "\n")
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a journal, without a last one that was cut off; none where there is no file."""
-    if not path.exists():
-        return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+        self._lines.add({kind: asdict(entry)})
 
 
 def _conditions(header: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +134,7 @@ def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
 def measured_already(path: Path) -> set[tuple[str, str, str]]:
     """Return what a journal has: the workload's name, direction and contender of each entry; nothing without a file."""
     found = set()
-    for line in _lines(path):
+    for line in JsonLines(path).entries:
         if "record" in line:
             record = line["record"]
             workload = Workload(**{name: record[name] for name in WORKLOAD_FIELDS}).name
@@ -162,7 +151,7 @@ def _record(values: dict[str, Any]) -> Record:
 def read_results(path: Path) -> Results:
     """Read the JSON of pytest-benchmark, or a journal (``.jsonl``)."""
     if path.suffix == ".jsonl":
-        lines = _lines(path)
+        lines = JsonLines(path).entries
         header = lines[0]["header"]
         # A workload that a run was cut off in is measured anew as a whole: the last entry counts.
         records = list({_key(line["record"]): line["record"] for line in lines if "record" in line}.values())
