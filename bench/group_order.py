@@ -19,10 +19,10 @@ import torch
 
 from bench.cases.inputs import make_inputs
 from bench.cases.shapes import HIDDEN_SIZES, VOCAB_SIZE, Workload
-from bench.reporting.tables import markdown_table
 from bench.timing.clocks import Candidate, Clock, CpuClock, make_clock, run_in_turn
 from bench.timing.limits import Limits, demands, measure_limits
 from npp_kernels import group_mean, order_groups
+from reference.comparison.tables import markdown_table
 
 HEADER = ("D", "tokens", "K", "without", "with", "prepared here", "on the CPU", "copied", "shares of the limit")
 

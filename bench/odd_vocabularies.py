@@ -26,12 +26,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.reporting.tables import markdown_table
 from bench.timing.clocks import Candidate, Clock, make_clock, run_in_turn
 from bench.timing.limits import measure_limits
 from bench.timing.measure import peak_bytes
 from npp_kernels import linear_patch_cross_entropy, patch_cross_entropy
 from npp_kernels.losses import chunks, exponentials, gradient_kernels, row_kernels, row_layout
+from reference.comparison.tables import markdown_table
 
 PARTS = ("products", "linear", "chunks", "loss", "wide", "few")
 Run = Callable[[], Any]

@@ -12,7 +12,7 @@ from typing import Any
 from bench.cases.accuracy_cases import GAPS, LINEAR, LOSS, MEAN, OFFSETS, OURS, PYTORCH
 from bench.reporting.accuracy_records import Record
 from bench.reporting.sections import fill_section
-from bench.reporting.tables import markdown_table
+from reference.comparison.tables import markdown_table
 
 HOPPER_ROWS = 4096
 QUANTITIES = ("loss", "lse", "entropy", "gradient")

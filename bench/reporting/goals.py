@@ -12,7 +12,8 @@ from typing import Any
 
 from bench.cases.shapes import HIDDEN_SIZES, OPERATIONS, VOCAB_SIZE
 from bench.reporting.records import Record, Results
-from bench.reporting.tables import OURS, best, markdown_table, with_backward_alone
+from bench.reporting.tables import OURS, best, with_backward_alone
+from reference.comparison.tables import markdown_table
 
 GRID = 16  # of the images that the goals are about
 

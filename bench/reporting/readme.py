@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from bench.reporting.pictures import idea_picture, step_picture
 from bench.reporting.records import Record, Results, read_results
 from bench.reporting.sections import fill_section
-from bench.reporting.tables import OURS, best, markdown_table
+from bench.reporting.tables import OURS, best
 from npp_kernels import PatchSchedule
+from reference.comparison.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "h100.jsonl"

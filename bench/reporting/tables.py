@@ -1,6 +1,6 @@
 """Results as Markdown: the tables of the report, every figure of them from the records.
 
-`bench.reporting.report` puts them together; other pages take `markdown_table` and the choice of the best from here.
+`bench.reporting.report` puts them together; other pages take the choice of the best from here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 from bench.cases.contenders import CONTENDERS
 from bench.cases.shapes import OPERATIONS
 from bench.reporting.records import Record, Results
+from reference.comparison.tables import markdown_table
 
 OURS = ("ours", "ours_in_place")
 TITLES = {
@@ -36,12 +37,6 @@ def milliseconds(seconds: float) -> str:
 def size(count: float | None) -> str:
     """Write a number of bytes in MiB; a dash where it is not known."""
     return "-" if count is None else f"{count / 2**20:.1f}"
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out a table whose first column is text and whose others are figures."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def best(records: Iterable[Record]) -> Record | None:

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 
 from npp_kernels import PatchSchedule
+from reference.comparison.tables import markdown_table
 from reference.network.model import SIZES
 
 matplotlib.use("Agg")
@@ -45,7 +46,7 @@ def step_table(cells: Sequence[dict[str, Any]], formulations: Sequence[str] = FO
     for model, patch, images in _rows(found):
         one = [found.get((model, patch, images, formulation), {}) for formulation in formulations]
         rows.append([model, images, patch, *(shown(cell, name) for name in FIGURES.values() for cell in one)])
-    return _markdown(["model", "images", "patch", *heads], rows)
+    return markdown_table(["model", "images", "patch", *heads], rows)
 
 
 def schedule_table(cells: Sequence[dict[str, Any]]) -> str:
@@ -70,7 +71,7 @@ def schedule_table(cells: Sequence[dict[str, Any]]) -> str:
                 official = times.get((model, 1, images, "official"), math.nan)
                 rows.append([model, images, levels, f"{cost / ours[-1]:.3f}", f"{cost / official:.3f}"])
     header = ["model", "images", "levels", "of our plain training", "of the official plain training"]
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def report(cells: Sequence[dict[str, Any]]) -> str:
@@ -83,11 +84,6 @@ def _rows(keys: Iterable[tuple[Any, ...]]) -> list[tuple[str, int, int]]:
     """Return each model, patch and number of images once: the smallest model first, and the coarsest patch."""
     rows = {(model, patch, images) for model, patch, images, _ in keys}
     return sorted(rows, key=lambda row: (list(SIZES).index(row[0]), row[2], -row[1]))
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def shown(cell: dict[str, Any], name: str) -> str:
